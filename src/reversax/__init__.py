@@ -1,0 +1,19 @@
+"""Exact gradients of differential equation solvers in constant memory."""
+
+from ._adjoint import ReversibleAdjoint as ReversibleAdjoint
+from ._arithmetic import (
+    AbstractArithmetic as AbstractArithmetic,
+    FloatingPoint as FloatingPoint,
+)
+from ._coupling import (
+    AbstractCoupling as AbstractCoupling,
+    McCallumFoster as McCallumFoster,
+    Pair as Pair,
+)
+from ._round_trip import (
+    RoundTripError as RoundTripError,
+    round_trip_error as round_trip_error,
+)
+from ._solver import Reversible as Reversible
+
+__version__ = "0.1.0"

@@ -1,0 +1,44 @@
+"""The only imports of names that upstream does not promise to keep.
+
+Every name here has a canary in `tests/test_compat.py`, which says what the rest of the
+package relies on. When an upstream release breaks one, this file is where to mend it.
+"""
+
+import diffrax as dfx
+
+# Diffrax's own integration loop, which every adjoint shares. It takes the keyword
+# arguments of `AbstractAdjoint.loop` less `throw` and the `passed_...` flags, plus
+# `inner_while_loop` and `outer_while_loop`; it returns `(final_state, aux_stats)`.
+from diffrax._integrate import loop as integration_loop
+from equinox.internal import (
+    buffer_at_set as buffer_at_set,
+    nondifferentiable as nondifferentiable,
+    nondifferentiable_backward as nondifferentiable_backward,
+    prevbefore as prevbefore,
+    while_loop as while_loop,
+)
+from jaxtyping import Array, PyTree
+
+
+def replayed_end(
+    controller: dfx.ConstantStepSize | dfx.StepTo,
+    first_state: PyTree,
+    end: Array,
+    index: Array,
+) -> Array:
+    """The end of step `index >= 1` that a controller without a memory prescribes.
+
+    Both controllers' states are a counter that grows by one with each step (alone for
+    `StepTo`, first of a tuple for `ConstantStepSize`), and both read the next end off
+    the counter, so any step's end follows from the state before the first step.
+    `end` only lends its dtype.
+    """
+    if isinstance(controller, dfx.StepTo):
+        state = first_state + index - 1
+    else:
+        counter, *rest = first_state
+        state = (counter + index - 1, *rest)
+    _, _, next_end, _, _, _ = controller.adapt_step_size(
+        end, end, None, None, None, None, None, state
+    )
+    return next_end

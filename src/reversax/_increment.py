@@ -1,0 +1,234 @@
+r"""The base solver's step as an increment: `Psi_{t1 - t0}(t0, y)`.
+
+A base solver is an explicit one-step method `y -> y + Psi_h(t, y)`. For a Butcher
+tableau `(a, b, c)` of `s` stages, with `contr(t0, t1)` the control over the step (`h`
+for an ODE) and `vf_prod(t, y, control)` the vector field applied to it,
+
+    (RK1)  Y_i = y + sum_{j<i} a_ij k_j
+    (RK2)  k_i = vf_prod(t0 + c_i (t1 - t0), Y_i, contr(t0, t1))
+    (RK3)  Psi = sum_i b_i k_i
+    (RK4)  error estimate = sum_i e_i k_i
+
+Backward steps are the same formulas with `t1 < t0`. Only stages that some requested sum
+depends on are evaluated: without an error estimate or dense output Tsit5 takes 6.
+
+Every other explicit solver goes through its own `step`, begun afresh each time, since a
+state carried over from the other twin would belong to another point:
+
+    (S)    Psi = step(t0, t1, y) - y
+"""
+
+import abc
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, PyTree, Real
+
+Time = Real[Array, ""]
+State = PyTree[Array]
+
+
+class Advance(NamedTuple):
+    """What one evaluation of an increment gives."""
+
+    increment: State
+    """`Psi`, shaped like the state."""
+    error: State | None
+    """The embedded error estimate, shaped like the state; `None` if the base has none
+    or none was asked for."""
+    dense_info: PyTree[Array]
+    """What the base's `interpolation_cls` needs; `None` if not asked for."""
+    result: dfx.RESULTS
+
+
+class AbstractIncrement(eqx.Module):
+    """`Psi` of one base solver, for given terms and arguments."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, t0: Time, t1: Time, y: State, *, error: bool, dense: bool
+    ) -> Advance:
+        """Evaluates `Psi_{t1 - t0}(t0, y)`; either sign of `t1 - t0` is allowed."""
+
+    @abc.abstractmethod
+    def close(self, t: Time, y: State) -> "AbstractIncrement":
+        """The same increment with all the arrays it depends on among its own leaves.
+
+        Parameters that a vector field closes over become leaves like any other, so
+        that a custom derivative rule can see them. The vector field is traced once,
+        here, however often the increment is used. `t` and `y` are examples.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Tableau:
+    """The explicit Butcher tableau `(a, b, e, c)` of (RK1) to (RK4); hashable."""
+
+    a: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+    e: tuple[float, ...] | None
+    c: tuple[float, ...]
+
+    def stages_behind(self, *weights: tuple[float, ...] | None) -> frozenset[int]:
+        """The stages that sums with these weights depend on, directly or through `a`."""
+        behind = set()
+        for i in reversed(range(len(self.b))):
+            direct = any(w is not None and w[i] != 0 for w in weights)
+            if direct or any(self.a[j][i] != 0 for j in behind):
+                behind.add(i)
+        return frozenset(behind)
+
+
+_EULER = Tableau(a=((),), b=(1.0,), e=None, c=(0.0,))
+
+
+def _tableau(solver: dfx.AbstractSolver) -> Tableau | None:
+    """The tableau of a solver whose `step` is known to follow one, else `None`.
+
+    By exact type: `isinstance` looks through wrappers such as `HalfSolver`.
+    """
+    if type(solver) is dfx.Euler:
+        return _EULER
+    if not issubclass(type(solver), dfx.AbstractERK):
+        return None
+    step = inspect.getattr_static(type(solver), "step")
+    if step is not inspect.getattr_static(dfx.AbstractERK, "step"):
+        return None
+    tableau = getattr(solver, "tableau", None)
+    if not isinstance(tableau, dfx.ButcherTableau) or tableau.implicit:
+        return None
+    as_floats = lambda xs: tuple(float(x) for x in np.asarray(xs))
+    return Tableau(
+        a=((), *map(as_floats, tableau.a_lower)),
+        b=as_floats(tableau.b_sol),
+        e=as_floats(tableau.b_error),
+        c=(float(tableau.c1), *as_floats(tableau.c)),
+    )
+
+
+def _weighted_sum(weights: Sequence[float], ks: dict[int, State]) -> State:
+    """`sum_i weights_i k_i` over the non-zero weights."""
+    terms = [(w, ks[i]) for i, w in enumerate(weights) if w != 0]
+    if not terms:
+        return jtu.tree_map(jnp.zeros_like, next(iter(ks.values())))
+    scaled = [jtu.tree_map(lambda k, w=w: w * k, k) for w, k in terms]
+    return jtu.tree_map(lambda *xs: sum(xs[1:], start=xs[0]), *scaled)
+
+
+def _add(y: State, increment: State) -> State:
+    return jtu.tree_map(lambda a, b: a + b, y, increment)
+
+
+def _check_like_state(k: State, y: State) -> None:
+    describe = lambda tree: jax.tree.map(
+        lambda x: (jnp.shape(x), jnp.result_type(x)), tree
+    )
+    got, expected = describe(k), describe(y)
+    if got != expected:
+        raise ValueError(
+            "`reversax.Reversible(...)`: the vector field times the control must have "
+            f"the structure, shapes and dtypes of the state. The state has {expected}, "
+            f"the vector field gave {got}. Cast inside the vector field, or pass a "
+            "`y0` of the wider dtype."
+        )
+
+
+class TableauIncrement(AbstractIncrement):
+    """(RK1) to (RK4) with unrolled stages."""
+
+    contr: Callable
+    vf_prod: Callable
+    tableau: Tableau = eqx.field(static=True)
+    keeps_stages: bool = eqx.field(static=True)
+
+    def __call__(
+        self, t0: Time, t1: Time, y: State, *, error: bool, dense: bool
+    ) -> Advance:
+        tableau = self.tableau
+        with_stages = dense and self.keeps_stages
+        needed = tableau.stages_behind(
+            tableau.b,
+            tableau.e if error else None,
+            (1.0,) * len(tableau.b) if with_stages else None,
+        )
+        control = self.contr(t0, t1)
+        ks: dict[int, State] = {}
+        for i in sorted(needed):
+            stage_weights = tableau.a[i]
+            y_i = y
+            if any(stage_weights):
+                y_i = _add(y, _weighted_sum(stage_weights, ks))  # (RK1)
+            c = tableau.c[i]
+            # Not t0 + 1*(t1 - t0), which may miss t1 by an ulp.
+            t_i = t1 if c == 1 else (t0 if c == 0 else t0 + c * (t1 - t0))
+            ks[i] = self.vf_prod(t_i, y_i, control)  # (RK2)
+            _check_like_state(ks[i], y)
+        increment = _weighted_sum(tableau.b, ks)  # (RK3)
+        estimate = None
+        if error and tableau.e is not None:
+            estimate = _weighted_sum(tableau.e, ks)  # (RK4)
+        dense_info = None
+        if dense:
+            dense_info = dict(y0=y, y1=_add(y, increment))
+            if with_stages:
+                stages = [ks[i] for i in range(len(tableau.b))]
+                dense_info["k"] = jtu.tree_map(lambda *k: jnp.stack(k), *stages)
+        return Advance(increment, estimate, dense_info, dfx.RESULTS.successful)
+
+    def close(self, t: Time, y: State) -> "TableauIncrement":
+        contr = eqx.filter_closure_convert(self.contr, t, t)
+        control = eqx.filter_eval_shape(self.contr, t, t)
+        vf_prod = eqx.filter_closure_convert(self.vf_prod, t, y, control)
+        return TableauIncrement(contr, vf_prod, self.tableau, self.keeps_stages)
+
+
+class StepIncrement(AbstractIncrement):
+    """(S): the increment of any explicit one-step solver."""
+
+    step: Callable
+
+    def __call__(
+        self, t0: Time, t1: Time, y: State, *, error: bool, dense: bool
+    ) -> Advance:
+        y1, estimate, dense_info, result = self.step(t0, t1, y)
+        increment = jtu.tree_map(lambda a, b: a - b, y1, y)  # (S)
+        return Advance(
+            increment,
+            estimate if error else None,
+            dense_info if dense else None,
+            result,
+        )
+
+    def close(self, t: Time, y: State) -> "StepIncrement":
+        return StepIncrement(eqx.filter_closure_convert(self.step, t, t, y))
+
+
+def make_increment(
+    solver: dfx.AbstractSolver, terms: PyTree[dfx.AbstractTerm], args: PyTree
+) -> AbstractIncrement:
+    """The increment of `solver` for these terms and arguments."""
+    tableau = _tableau(solver)
+    if tableau is not None:
+        return TableauIncrement(
+            contr=lambda t0, t1: terms.contr(t0, t1),
+            vf_prod=lambda t, y, control: terms.vf_prod(t, y, args, control),
+            tableau=tableau,
+            keeps_stages=type(solver) is not dfx.Euler,
+        )
+
+    def step(t0, t1, y):
+        solver_state = solver.init(terms, t0, t1, y, args)
+        y1, estimate, dense_info, _, result = solver.step(
+            terms, t0, t1, y, args, solver_state, made_jump=True
+        )
+        return y1, estimate, dense_info, result
+
+    return StepIncrement(step)
