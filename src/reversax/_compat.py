@@ -4,14 +4,16 @@ Every name here has a canary in `tests/test_compat.py`, which says what the rest
 package relies on. When an upstream release breaks one, this file is where to mend it.
 """
 
+from typing import Any
+
 import diffrax as dfx
+import equinox.internal as eqxi
 
 # Diffrax's own integration loop, which every adjoint shares. It takes the keyword
 # arguments of `AbstractAdjoint.loop` less `throw` and the `passed_...` flags, plus
 # `inner_while_loop` and `outer_while_loop`; it returns `(final_state, aux_stats)`.
-from diffrax._integrate import loop as integration_loop
+from diffrax._integrate import loop as integration_loop  # noqa: F401
 from equinox.internal import (
-    buffer_at_set as buffer_at_set,
     nondifferentiable as nondifferentiable,
     nondifferentiable_backward as nondifferentiable_backward,
     prevbefore as prevbefore,
@@ -20,12 +22,18 @@ from equinox.internal import (
 from jaxtyping import Array, PyTree
 
 
+def buffer_at_set(buffer: Any, index: Any, value: Any, *, pred: Any) -> Any:
+    """`buffer.at[index].set(value)` where `pred` holds, inside a loop of Equinox's that
+    was told of the buffer (written in place), or outside of it."""
+    return eqxi.buffer_at_set(buffer, index, value, pred=pred)
+
+
 def replayed_end(
     controller: dfx.ConstantStepSize | dfx.StepTo,
     first_state: PyTree,
-    end: Array,
+    end: Any,
     index: Array,
-) -> Array:
+) -> Any:
     """The end of step `index >= 1` that a controller without a memory prescribes.
 
     Both controllers' states are a counter that grows by one with each step (alone for
@@ -34,7 +42,7 @@ def replayed_end(
     `end` only lends its dtype.
     """
     if isinstance(controller, dfx.StepTo):
-        state = first_state + index - 1
+        state: Any = first_state + index - 1
     else:
         counter, *rest = first_state
         state = (counter + index - 1, *rest)

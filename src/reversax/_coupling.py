@@ -20,7 +20,7 @@ import math
 import operator
 
 import equinox as eqx
-import jax
+import jax.core
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
@@ -37,7 +37,7 @@ class Pair(eqx.Module):
 
 
 class AbstractCoupling(eqx.Module):
-    """Mixes the twins before each step. `mix` must be linear and `unmix` its inverse."""
+    """Mixes the twins before each step. `mix` is linear and `unmix` its inverse."""
 
     @abc.abstractmethod
     def mix(self, pair: Pair) -> Pair:

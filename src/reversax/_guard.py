@@ -1,8 +1,8 @@
 """An identity that reverse-mode differentiation may pass and forward mode may not.
 
 A `custom_vjp` cannot be differentiated in forward mode, and says so without naming the
-solve it belongs to. Both modes begin with the same forward rule, so the rule cannot tell
-them apart; but only forward mode ever *evaluates* the tangent. The tangent is
+solve it belongs to. Both modes begin with the same forward rule, so the rule cannot
+tell them apart; but only forward mode ever *evaluates* the tangent. The tangent is
 therefore carried by a primitive that can be transposed but not evaluated.
 """
 
@@ -14,8 +14,8 @@ from jaxtyping import Array
 
 FORWARD_MODE_MESSAGE = (
     "`diffrax.diffeqsolve(..., adjoint=reversax.ReversibleAdjoint())` was "
-    "differentiated in forward mode (`jax.jvp`, `jax.jacfwd`, `jax.linearize` evaluated "
-    "forwards, or `jax.hessian`), but it only has a reverse-mode derivative. Use "
+    "differentiated in forward mode (`jax.jvp`, `jax.jacfwd`, the outer half of "
+    "`jax.hessian`), but it only has a reverse-mode derivative. Use "
     "`jax.grad`, `jax.vjp` or `jax.jacrev`, or pass "
     "`adjoint=diffrax.ForwardMode()` (forward mode only) or "
     "`adjoint=diffrax.DirectAdjoint()` (both modes) with the same "

@@ -32,7 +32,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree, Real
 
-Time = Real[Array, ""]
+Time = Real[Array, ""] | np.ndarray | float
 State = PyTree[Array]
 
 
@@ -78,7 +78,7 @@ class Tableau:
     c: tuple[float, ...]
 
     def stages_behind(self, *weights: tuple[float, ...] | None) -> frozenset[int]:
-        """The stages that sums with these weights depend on, directly or through `a`."""
+        """The stages that sums with these weights depend on, or that those do."""
         behind = set()
         for i in reversed(range(len(self.b))):
             direct = any(w is not None and w[i] != 0 for w in weights)

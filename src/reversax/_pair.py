@@ -83,7 +83,7 @@ def take_step(
     forward: Callable[[State], Advance],
     backward: Callable[[State], Advance],
 ) -> Step:
-    """(C), (F1), (F2). `forward` is `Psi_h(t0, .)` and `backward` is `Psi_{-h}(t1, .)`."""
+    """(C), (F1), (F2): `forward` is `Psi_h(t0, .)`, `backward` `Psi_{-h}(t1, .)`."""
     arithmetic = scheme.arithmetic
     mixed = scheme.coupling.mix(pair0)  # (C)
     z = arithmetic.decode(mixed.z)

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import diffrax as dfx
 from jaxtyping import Array, Int, PyTree
 
-from ._adjoint import run, set_up
 from ._backward import walk_back_without_cotangents
 from ._certificate import round_trip
 from ._coupling import Pair
+from ._forward import run, set_up
 from ._increment import State
 
 
@@ -65,8 +65,8 @@ def round_trip_error(
     reconstructed minus the true initial values of the two twins, shaped like `y0`, and
     `num_steps` counts the accepted steps.
 
-    **Raises:** as a solve with [`reversax.ReversibleAdjoint`][] does when it begins, and
-    as `diffrax.diffeqsolve` when the solve fails.
+    **Raises:** as a solve with [`reversax.ReversibleAdjoint`][] does when it begins,
+    and as `diffrax.diffeqsolve` when the solve fails.
     """
     solution = dfx.diffeqsolve(
         terms,

@@ -23,15 +23,16 @@ from ._pair import (
 _TWO_STATE_SOLVERS = (dfx.ReversibleHeun, dfx.LeapfrogMidpoint, dfx.SemiImplicitEuler)
 
 
-def _is_reversible(solver: Any) -> bool:
-    # By exact type: `isinstance` looks through wrappers such as `HalfSolver`.
-    return issubclass(type(solver), Reversible)
+def _layers(solver: Any) -> list:
+    """A solver, what it wraps, what that wraps, and so on."""
+    layers = [solver]
+    while issubclass(type(layers[-1]), dfx.AbstractWrappedSolver):
+        layers.append(layers[-1].solver)
+    return layers
 
 
 def _innermost(solver: dfx.AbstractSolver) -> dfx.AbstractSolver:
-    while issubclass(type(solver), dfx.AbstractWrappedSolver):
-        solver = solver.solver
-    return solver
+    return _layers(solver)[-1]
 
 
 def _check_base(solver: Any) -> None:
@@ -41,8 +42,10 @@ def _check_base(solver: Any) -> None:
         raise TypeError(
             f"{call} needs a Diffrax solver, such as `diffrax.Tsit5()`, got {solver!r}."
         )
-    inner = _innermost(solver)
-    name = type(inner).__name__
+    layers = _layers(solver)
+    # By exact type: `isinstance` looks through wrappers.
+    reversible = any(issubclass(type(layer), Reversible) for layer in layers)
+    name = "Reversible" if reversible else type(layers[-1]).__name__
     if isinstance(solver, dfx.AbstractImplicitSolver):
         raise ValueError(
             f"{call} needs an explicit solver, but `{name}` is implicit: its step "
@@ -50,20 +53,12 @@ def _check_base(solver: Any) -> None:
             "explicit one such as `diffrax.Tsit5()`, or keep the implicit solver with "
             "`adjoint=diffrax.RecursiveCheckpointAdjoint()`."
         )
-    if isinstance(inner, _TWO_STATE_SOLVERS) or _reversible_inside(solver):
+    if reversible or isinstance(layers[-1], _TWO_STATE_SOLVERS):
         raise ValueError(
             f"{call} needs a one-step solver, but `{name}` advances two states "
             "(or two steps) already, so it has no increment of a single state. Use a "
             "Runge-Kutta solver such as `diffrax.Midpoint()` or `diffrax.Tsit5()`."
         )
-
-
-def _reversible_inside(solver: Any) -> bool:
-    while issubclass(type(solver), dfx.AbstractWrappedSolver):
-        if _is_reversible(solver):
-            return True
-        solver = solver.solver
-    return False
 
 
 def _is_brownian(x: Any) -> bool:
@@ -187,7 +182,8 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
 
     @property
     def minimal_levy_area(self):
-        return self.solver.minimal_levy_area
+        # Only stochastic solvers have it.
+        return getattr(self.solver, "minimal_levy_area")  # noqa: B009
 
     @property
     def scan_kind(self):

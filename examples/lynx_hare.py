@@ -1,0 +1,284 @@
+"""Trains a neural differential equation on the lynx and hare pelts of 1900-1920.
+
+The model is the Lotka-Volterra equation in the logarithms of the two populations, with
+a small neural network added to it, and a third, hidden state. A trajectory of two
+populations alone is a curve in the plane that cannot cross itself, which these data
+would need to do; the hidden state (what the hares feed on, say) gives it room.
+
+Every gradient of the training comes from `reversax.ReversibleAdjoint`. Afterwards the
+script shows what that adjoint is for:
+
+- its gradient is that of `diffrax.RecursiveCheckpointAdjoint` for the same solver, up
+  to round-off;
+- the memory of its compiled gradient does not grow as the same twenty years are cut
+  into more and more steps. It is compared with the plain base solver, checkpointed and
+  storing every step. (A step of the base is half the work of a reversible one.)
+
+It shows how to train, not how lynx live: there are more parameters than observations.
+
+    python examples/lynx_hare.py            # one to two minutes on two cores
+    python examples/lynx_hare.py --quick    # hardly trained, to see that it runs
+
+The packages it needs come with the extra `examples`.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PRNGKeyArray
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import reversax
+
+DATA = Path(__file__).parent / "data" / "lynx_hare.csv"
+SPECIES = ("hare", "lynx")
+
+STEPS_PER_YEAR = 8  # A step of an eighth of a year is exact in binary.
+LEARNING_RATE = 2e-2
+PENALTY = 2e-3  # On the squared weights of the network: keeps the curves smooth.
+# The first years alone, then all of them: asked for both cycles at once, training tends
+# to settle on a flat line. Each entry: number of years, share of the training steps.
+CURRICULUM = ((12, 0.3), (21, 0.7))
+
+GRADIENT_BOUND = 1e-9  # What is left of double precision after thousands of steps.
+NUM_STEPS = (64, 256, 1024, 4096, 16384)
+
+BASE = diffrax.Tsit5()
+REVERSIBLE = reversax.Reversible(BASE)
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+ORANGE, BLUE, GREEN = "#D55E00", "#0072B2", "#009E73"
+
+
+class Pelts(NamedTuple):
+    years: Float[np.ndarray, " years"]
+    mean: Float[np.ndarray, " species"]
+    """In thousands a year."""
+    log: Float[np.ndarray, "years species"]
+    """As the model sees them: logarithms of multiples of the mean."""
+
+    def first(self, num_years: int) -> "Pelts":
+        return self._replace(years=self.years[:num_years], log=self.log[:num_years])
+
+    def thousands(self, log) -> np.ndarray:
+        return self.mean * np.exp(log)
+
+
+def load_pelts(path: Path = DATA) -> Pelts:
+    year, *pelts = np.loadtxt(path, delimiter=",", skiprows=3, unpack=True)
+    thousands = np.stack(pelts, axis=1)
+    mean = thousands.mean(axis=0)
+    return Pelts(year, mean, np.log(thousands / mean))
+
+
+class PredatorPrey(eqx.Module):
+    """`dy/dt` of `y = (log hare, log lynx, hidden)`; logarithms keep them positive."""
+
+    y0: Float[Array, "3"]
+    log_rates: Float[Array, "4"]
+    network: eqx.nn.MLP
+
+    def __init__(self, log_pelts0: Float[np.ndarray, "2"], *, key: PRNGKeyArray):
+        self.y0 = jnp.append(jnp.asarray(log_pelts0), 0.0)
+        # Over a cycle of Lotka and Volterra's equation the mean of each population is
+        # its equilibrium. So in multiples of the mean, growth balances predation and
+        # death balances conversion at 1. The rates are textbook values, a year.
+        self.log_rates = jnp.log(jnp.array([0.5, 0.5, 0.8, 0.8]))
+        network = eqx.nn.MLP(3, 3, 8, depth=1, activation=jnp.tanh, key=key)
+        # The network starts at zero, that is, the model at Lotka and Volterra's.
+        last = lambda mlp: (mlp.layers[-1].weight, mlp.layers[-1].bias)
+        self.network = eqx.tree_at(last, network, replace_fn=jnp.zeros_like)
+
+    def __call__(self, t, y: Float[Array, "3"], args) -> Float[Array, "3"]:
+        growth, predation, death, conversion = jnp.exp(self.log_rates)
+        hare, lynx = jnp.exp(y[:2])
+        lotka_volterra = growth - predation * lynx, conversion * hare - death
+        return jnp.stack([*lotka_volterra, 0.0]) + self.network(y)
+
+
+def solve(
+    model: PredatorPrey,
+    ts: Float[np.ndarray, " times"],
+    num_steps: int,
+    solver: diffrax.AbstractSolver = REVERSIBLE,
+    adjoint: diffrax.AbstractAdjoint = reversax.ReversibleAdjoint(),
+) -> Float[Array, "times species"]:
+    """The logarithms of both populations at the times `ts`, in years."""
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(model),
+        solver,
+        t0=ts[0],
+        t1=ts[-1],
+        dt0=(ts[-1] - ts[0]) / num_steps,
+        y0=model.y0,
+        saveat=diffrax.SaveAt(ts=ts),
+        stepsize_controller=diffrax.ConstantStepSize(),
+        adjoint=adjoint,
+        max_steps=num_steps,
+    )
+    assert solution.ys is not None
+    return solution.ys[:, :2]
+
+
+def loss_fn(model: PredatorPrey, pelts: Pelts, num_steps: int, *how) -> Float[Array, ""]:
+    """The mean squared error of the logarithms, and the penalty; `how`: see `solve`."""
+    error = solve(model, pelts.years, num_steps, *how) - pelts.log
+    weights = jax.tree.leaves(eqx.filter(model.network, eqx.is_array))
+    return jnp.mean(error**2) + PENALTY * sum(jnp.sum(w**2) for w in weights)
+
+
+def steps_over(pelts: Pelts) -> int:
+    return STEPS_PER_YEAR * (len(pelts.years) - 1)
+
+
+def make_update(pelts: Pelts, optimiser: optax.GradientTransformation):
+    """One compiled step of training on these years."""
+
+    @eqx.filter_jit
+    def update(model: PredatorPrey, state: optax.OptState):
+        value_and_grad = eqx.filter_value_and_grad(loss_fn)
+        loss, grads = value_and_grad(model, pelts, steps_over(pelts))
+        updates, state = optimiser.update(grads, state)
+        return eqx.apply_updates(model, updates), state, loss
+
+    return update
+
+
+def train(model: PredatorPrey, pelts: Pelts, steps: int, console: Console):
+    schedule = optax.cosine_decay_schedule(LEARNING_RATE, steps)
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+    state = optimiser.init(eqx.filter(model, eqx.is_array))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}  loss {task.fields[loss]:.4f}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        for num_years, share in CURRICULUM:
+            years = pelts.first(num_years)
+            update = make_update(years, optimiser)
+            name = f"Training on {years.years[0]:.0f}-{years.years[-1]:.0f}"
+            total = max(1, round(share * steps))
+            task = progress.add_task(name, total=total, loss=float("nan"))
+            for _ in range(total):
+                model, state, loss = update(model, state)
+                progress.update(task, advance=1, loss=float(loss))
+    return model
+
+
+def compare_gradients(model: PredatorPrey, pelts: Pelts, num_steps: int) -> float:
+    """How far the reversible gradient is from the checkpointed one, relative to it."""
+
+    @eqx.filter_jit
+    def gradient(model, adjoint):
+        grads = eqx.filter_grad(loss_fn)(model, pelts, num_steps, REVERSIBLE, adjoint)
+        return ravel_pytree(grads)[0]
+
+    reversible = gradient(model, reversax.ReversibleAdjoint())
+    checkpointed = gradient(model, diffrax.RecursiveCheckpointAdjoint())
+    norm = jnp.linalg.norm
+    return float(norm(reversible - checkpointed) / norm(checkpointed))
+
+
+class Contestant(NamedTuple):
+    """A way to the gradient, whose memory is measured."""
+
+    name: str
+    solver: diffrax.AbstractSolver
+    adjoint: Callable[[int], diffrax.AbstractAdjoint]
+    """Given the number of steps."""
+    style: str
+    colour: str
+
+
+CONTESTANTS = (
+    Contestant(
+        "base solver, every step stored",
+        BASE,
+        lambda num_steps: diffrax.RecursiveCheckpointAdjoint(checkpoints=num_steps),
+        "s:",
+        GREEN,
+    ),
+    Contestant(
+        "base solver, RecursiveCheckpointAdjoint",
+        BASE,
+        lambda num_steps: diffrax.RecursiveCheckpointAdjoint(),
+        "^--",
+        BLUE,
+    ),
+    Contestant(
+        "reversible solver, ReversibleAdjoint",
+        REVERSIBLE,
+        lambda num_steps: reversax.ReversibleAdjoint(),
+        "o-",
+        ORANGE,
+    ),
+)
+
+
+def temporary_bytes(
+    model: PredatorPrey, pelts: Pelts, num_steps: int, contestant: Contestant
+) -> int:
+    """What the compiled gradient needs besides its inputs and outputs."""
+    arrays, static = eqx.partition(model, eqx.is_array)
+    how = contestant.solver, contestant.adjoint(num_steps)
+    loss = lambda arrays: loss_fn(eqx.combine(arrays, static), pelts, num_steps, *how)
+    memory = jax.jit(jax.grad(loss)).lower(arrays).compile().memory_analysis()
+    if memory is None:
+        raise RuntimeError("This backend of JAX does not say how much memory it uses.")
+    return memory.temp_size_in_bytes
+
+
+def plot_fit(model: PredatorPrey, pelts: Pelts, path: Path) -> None:
+    ts = np.linspace(pelts.years[0], pelts.years[-1], 601)
+    curves = pelts.thousands(solve(model, ts, steps_over(pelts)))
+    points = pelts.thousands(pelts.log)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for i, (colour, marker) in enumerate(((BLUE, "o"), (ORANGE, "s"))):
+        axes.plot(pelts.years, points[:, i], marker, color=colour, label=SPECIES[i])
+        axes.plot(ts, curves[:, i], color=colour, label=f"{SPECIES[i]}, model")
+    axes.set_ylim(0, 100)
+    axes.set_xticks(pelts.years[::4], [f"{year:.0f}" for year in pelts.years[::4]])
+    label(axes, "year", "pelts (thousands a year)")
+    axes.set_title("Hudson's Bay Company pelts and a neural differential equation")
+    figure.savefig(path, dpi=150)
+
+
+def plot_memory(num_steps: list[int], table: np.ndarray, path: Path) -> None:
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for contestant, column in zip(CONTESTANTS, table.T, strict=True):
+        style, colour = contestant.style, contestant.colour
+        axes.plot(
+            num_steps, column / 1024, style, color=colour, label=contestant.name
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(num_steps, [str(n) for n in num_steps])
+    label(axes, "steps over the twenty years", "temporary memory of gradient (KiB)")
+    axes.set_title("Memory of one gradient of the loss")
+    figure.savefig(path, dpi=150)
+
+
+def label(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x, fontsize=12)
+    axes.set_ylabel(y, fontsize=12)
+    axes.tick_params(labelsize=11)
+    axes.legend(fontsize=10, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
