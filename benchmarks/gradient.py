@@ -1,7 +1,5 @@
 """What a gradient through a solve costs: time, memory, compilation, evaluations.
 
-    python benchmarks/gradient.py [--quick] [--steps N] [--repeats K] [--json PATH]
-
 The field is `y' = MLP(y) / 2`, two hidden layers of tanh, a state of 8 numbers, over
 t in [0, 1], and the gradient is that of `sum(y(1)**2)` with respect to the weights and
 the initial states. A batch is solved either as one state, "batched" inside the field,
@@ -11,15 +9,15 @@ or by a "vmap" of the solve. Steps are "constant", or "adaptive": a PID controll
 - reversible:  `Reversible(Tsit5())` with `ReversibleAdjoint()`
 - checkpoint:  `Tsit5()` with `RecursiveCheckpointAdjoint()`
 - scan:        plain Tsit5, its six stages unrolled, in a `jax.lax.scan` over
-               `jax.checkpoint`ed steps: every state is stored, nothing else is. It is
-               the least work a gradient of Tsit5 can do. It cannot adapt its steps, so
-               its cells are empty there.
+               `jax.checkpoint`ed steps: it stores every state, and takes each step
+               once more backward. Steps that adapt it cannot take.
 
 Ratios are to "checkpoint". That one recomputes the more the longer the solve (its work
 is n log n in the number of steps n), so the ratios depend on the number of steps. The
 "difference" is the relative one of the whole gradient, again to "checkpoint":
 "reversible" is another scheme of the same order, so there it is of the size of the
-truncation errors, and for "scan" of round-off.
+truncation errors, and for "scan" of round-off. Evaluations of the field are counted in
+a separate run of a narrow batched network.
 """
 
 import argparse
@@ -72,19 +70,20 @@ class Setting:
 
     @property
     def contestants(self) -> tuple[str, ...]:
-        adaptive = self.stepping == "adaptive"
-        return tuple(c for c in CONTESTANTS if not (adaptive and c == "scan"))
+        return CONTESTANTS if self.stepping == "constant" else CONTESTANTS[:2]
 
     @property
     def title(self) -> str:
         return f"{self.network}, {self.batching}, {self.stepping}"
 
-    def inputs(self) -> tuple[eqx.nn.MLP, jax.Array]:
+    def inputs(self) -> tuple[tuple, eqx.nn.MLP]:
+        """The weights and initial states, and the network without its weights."""
         key_mlp, key_y0 = jax.random.split(jax.random.PRNGKey(self.seed))
         width, batch = WIDTH_AND_BATCH[self.network]
         sizes = STATE_SIZE, STATE_SIZE, width, 2
         mlp = eqx.nn.MLP(*sizes, activation=jnp.tanh, key=key_mlp)
-        return mlp, jax.random.normal(key_y0, (batch, STATE_SIZE))
+        weights, rest = eqx.partition(mlp, eqx.is_inexact_array)
+        return (weights, jax.random.normal(key_y0, (batch, STATE_SIZE))), rest
 
 
 @dataclasses.dataclass
@@ -96,9 +95,7 @@ class Result:
     compile_times: list[float] = dataclasses.field(default_factory=list)
     temp_bytes: int = 0
     accepted_steps: float = 0
-    evaluations_forward: float = 0
-    evaluations_gradient: float = 0
-    gradient: Any = None
+    evaluations: tuple[float, float] = (0, 0)
     difference: float = 0
 
     @property
@@ -177,18 +174,18 @@ def make_loss(
 ) -> Callable:
     """`loss(weights, y0s) -> (value, accepted steps)`; a new function at each call, so
     that nothing about it has been cached. `count` is called at each evaluation."""
-    mlp, _ = setting.inputs()
-    _, static = eqx.partition(mlp, eqx.is_inexact_array)
+    _, rest = setting.inputs()
     scan = contestant == "scan"
     solve = scan_solve(setting) if scan else diffrax_solve(setting, contestant)
 
     def field(t, y, mlp):
         if count is not None:
-            jax.debug.callback(count)
+            # Without an argument, `jax.checkpoint` would not repeat it with the rest.
+            jax.debug.callback(count, y)
         return 0.5 * (jax.vmap(mlp)(y) if setting.batching == "batched" else mlp(y))
 
     def loss(weights, y0s):
-        mlp = eqx.combine(weights, static)
+        mlp = eqx.combine(weights, rest)
         solve_one = lambda y0: solve(field, y0, mlp)
         over_batch = setting.batching == "vmap"
         y1s, steps = (jax.vmap(solve_one) if over_batch else solve_one)(y0s)
@@ -197,14 +194,9 @@ def make_loss(
     return loss
 
 
-def arguments(setting: Setting) -> tuple:
-    mlp, y0s = setting.inputs()
-    return eqx.filter(mlp, eqx.is_inexact_array), y0s
-
-
 def compile_gradient(setting: Setting, contestant: str, result: Result) -> Callable:
     """Compiles from scratch, noting how long it took."""
-    args = arguments(setting)
+    args, _ = setting.inputs()
     loss = make_loss(setting, contestant)
     jax.clear_caches()
     gc.collect()
@@ -222,114 +214,105 @@ def compile_gradient(setting: Setting, contestant: str, result: Result) -> Calla
     return compiled
 
 
-def count_evaluations(setting: Setting, contestant: str, result: Result) -> None:
-    """Counts on a narrow network and a batch of two, with the same number of steps.
+@ft.cache
+def count_evaluations(setting: Setting, contestant: str) -> tuple[float, float]:
+    """Evaluations per accepted step: of a solve, and of its value and gradient."""
 
-    A vmapped callback is called once for each member of the batch, a batched one once.
-    """
-    setting = dataclasses.replace(setting, network="counting")
-    calls = 0
-
-    def count():
-        nonlocal calls
-        calls += 1
-
-    def evaluations_per_step(transform: Callable) -> float:
-        nonlocal calls
-        calls = 0
-        fn = jax.jit(transform(make_loss(setting, contestant, count)))
-        *_, steps = jax.tree.leaves(fn(*arguments(setting))[0])
+    def per_step(transform: Callable) -> float:
+        calls = []
+        args, _ = setting.inputs()
+        fn = transform(make_loss(setting, contestant, calls.append))
+        # It runs once, so optimising it would not pay.
+        fn = jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
+        *_, steps = jax.tree.leaves(fn(*args)[0])
         jax.effects_barrier()
-        return calls / float(jnp.sum(steps))
+        return len(calls) / float(steps)
 
-    gradient = lambda loss: jax.value_and_grad(loss, has_aux=True)
-    result.evaluations_forward = evaluations_per_step(
-        lambda loss: lambda *args: (loss(*args), None)
-    )
-    result.evaluations_gradient = evaluations_per_step(gradient)
+    forward = per_step(lambda loss: lambda *args: (loss(*args),))
+    return forward, per_step(lambda loss: jax.value_and_grad(loss, has_aux=True))
 
 
 def time_runs(
     setting: Setting, compiled: dict, results: dict[str, Result], repeats: int
 ) -> None:
     """Times the contestants in turn, so that a slow spell hits them all."""
-    args = arguments(setting)
-    for contestant, gradient in compiled.items():  # Warms up.
-        (_, steps), grads = jax.block_until_ready(gradient(*args))
+    args, _ = setting.inputs()
+    gradients = {}
+    for contestant, run in compiled.items():  # Warms up.
+        (_, steps), gradient = run(*args)
         results[contestant].accepted_steps = float(jnp.mean(steps))
-        results[contestant].gradient = jax.flatten_util.ravel_pytree(grads)[0]
+        gradients[contestant] = jax.flatten_util.ravel_pytree(gradient)[0]
+    reference = gradients[BASELINE]
+    for contestant, result in results.items():
+        error = jnp.linalg.norm(gradients[contestant] - reference)
+        result.difference = float(error / jnp.linalg.norm(reference))
     for _ in range(repeats):
-        for contestant, gradient in compiled.items():
+        for contestant, run in compiled.items():
             start = time.perf_counter()
-            jax.block_until_ready(gradient(*args))
+            jax.block_until_ready(run(*args))
             results[contestant].times.append(time.perf_counter() - start)
 
 
-def measure(
-    setting: Setting, repeats: int, compiles: int, note: Callable[[str], None]
-) -> dict[str, Result]:
+def measure(setting: Setting, repeats: int, compiles: int) -> dict[str, Result]:
     results = {contestant: Result() for contestant in setting.contestants}
     compiled = {}
-    note("compiling")
     for _ in range(compiles):
         for contestant, result in results.items():
             compiled[contestant] = compile_gradient(setting, contestant, result)
-    note("timing")
     time_runs(setting, compiled, results, repeats)
-    note("counting")
+    counted = dataclasses.replace(setting, network="counting", batching="batched")
     for contestant, result in results.items():
-        count_evaluations(setting, contestant, result)
-        reference = results[BASELINE].gradient
-        error = jnp.linalg.norm(result.gradient - reference)
-        result.difference = float(error / jnp.linalg.norm(reference))
+        result.evaluations = count_evaluations(counted, contestant)
     return results
 
 
 def settings(options: argparse.Namespace) -> list[Setting]:
+    if options.quick:
+        kinds = ("batched", "constant"), ("vmap", "adaptive")
+        return [Setting("small", options.steps, *kind, options.seed) for kind in kinds]
     steps = {"small": options.steps, "large": options.large_steps}
     return [
         Setting(network, steps[network], batching, stepping, options.seed)
-        for network in (["small"] if options.quick else ["small", "large"])
+        for network in ("small", "large")
         for batching in ("batched", "vmap")
         for stepping in ("constant", "adaptive")
     ]
 
 
-def as_cells(result: Result, baseline: Result) -> list[str]:
-    return [
-        f"{result.time * 1e3:.1f}",
-        f"{result.time / baseline.time:.2f}",
-        f"{result.temp_bytes / 1e6:.3f}",
-        f"{statistics.median(result.trace_times):.2f}",
-        f"{statistics.median(result.compile_times):.2f}",
-        f"{result.preparation_time / baseline.preparation_time:.2f}",
-        f"{result.accepted_steps:.0f}",
-        f"{result.evaluations_forward:.2f}",
-        f"{result.evaluations_gradient:.2f}",
-        f"{result.difference:.0e}",
-    ]
+def as_cells(result: Result, baseline: Result) -> dict[str, str]:
+    median = statistics.median
+    forward, gradient = result.evaluations
+    return {
+        "time\n(ms)": f"{result.time * 1e3:.1f}",
+        "ratio": f"{result.time / baseline.time:.2f}",
+        "temp\n(MB)": f"{result.temp_bytes / 1e6:.3f}",
+        "trace\n(s)": f"{median(result.trace_times):.2f}",
+        "compile\n(s)": f"{median(result.compile_times):.2f}",
+        "both,\nratio": f"{result.preparation_time / baseline.preparation_time:.2f}",
+        "steps": f"{result.accepted_steps:.0f}",
+        "evals\nforward": f"{forward:.2f}",
+        "evals\ngradient": f"{gradient:.2f}",
+        "gradient\ndifference": f"{result.difference:.0e}",
+    }
 
 
 def results_table(measured: dict[Setting, dict[str, Result]]) -> Table:
     caption = (
-        "Temporary memory as XLA plans it. Trace includes lowering; the third of these "
-        "columns is the ratio of both together. Evaluations of the vector field per "
-        "accepted step, in the forward pass and in forward and backward pass together. "
-        "The scan takes no adaptive steps."
+        "Temporary memory as XLA plans it. Trace includes lowering. Evaluations of the "
+        "vector field per accepted step, of the forward pass and of forward and "
+        "backward pass together. A dash: the scan takes no adaptive steps."
     )
     table = Table(title="One gradient", caption=caption, caption_justify="left")
     table.add_column("")
-    headings = ["time\n(ms)", "ratio", "temp\n(MB)", "trace\n(s)", "compile\n(s)"]
-    headings += ["ratio", "steps", "evals\nforward", "evals\ngradient"]
-    for heading in [*headings, "gradient\ndifference"]:
+    for heading in as_cells(*[next(iter(measured.values()))[BASELINE]] * 2):
         table.add_column(heading, justify="right")
     for setting, results in measured.items():
         table.add_section()
         table.add_row(f"[bold]{setting.title}")
         for contestant in CONTESTANTS:
-            cells = ["-"] * 10
+            cells = ["-"] * (len(table.columns) - 1)
             if contestant in results:
-                cells = as_cells(results[contestant], results[BASELINE])
+                cells = as_cells(results[contestant], results[BASELINE]).values()
             table.add_row(contestant, *cells)
     return table
 
@@ -362,36 +345,33 @@ def circumstances(options: argparse.Namespace) -> dict[str, Any]:
         device=str(jax.devices()[0].device_kind),
         cpu_count=os.cpu_count(),
         load_average=os.getloadavg() if hasattr(os, "getloadavg") else None,
+        width_and_batch=WIDTH_AND_BATCH,
         options={k: v for k, v in vars(options).items() if k != "json"},
     )
 
 
 def write_json(path: Path, about: dict, measured: dict) -> None:
-    rows = []
-    for setting, results in measured.items():
-        for contestant, result in results.items():
-            row = dataclasses.asdict(setting) | dict(contestant=contestant)
-            row |= {k: v for k, v in vars(result).items() if k != "gradient"}
-            rows.append(row)
+    rows = [
+        vars(setting) | dict(contestant=contestant) | vars(result)
+        for setting, results in measured.items()
+        for contestant, result in results.items()
+    ]
     path.write_text(json.dumps(about | dict(results=rows), indent=1) + "\n")
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--steps", type=int, help="of the small network; 1000 by default")
+    add("--steps", type=int, default=1000, help="of the small network")
     add("--large-steps", type=int, default=100, help="of the large network")
-    add("--repeats", type=int, help="timed runs of each; 7 by default")
-    add("--compiles", type=int, help="of each, of the small network; 5 by default")
+    add("--repeats", type=int, default=5, help="timed runs of each")
+    add("--compiles", type=int, default=3, help="of each, of the small network")
     add("--seed", type=int, default=0)
-    add("--quick", action="store_true", help="a smoke test: small network, few steps")
+    add("--quick", action="store_true", help="a smoke test, two short solves")
     add("--json", type=Path, metavar="PATH", help="where to write the results")
-    options = parser.parse_args()
-    defaults = (50, 2, 1) if options.quick else (1000, 7, 5)
-    for name, default in zip(("steps", "repeats", "compiles"), defaults, strict=True):
-        if getattr(options, name) is None:
-            setattr(options, name, default)
-    return options
+    if parser.parse_args().quick:
+        parser.set_defaults(steps=50, repeats=2, compiles=1)
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -403,17 +383,12 @@ def main() -> None:
     console.print(about)
     measured = {}
     with Progress(console=console, transient=True) as progress:
-        todo = settings(options)
-        task = progress.add_task("", total=len(todo))
-        for setting in todo:
-            start, title = time.perf_counter(), setting.title
-            note = lambda what, title=title: progress.update(
-                task, description=f"{title}: {what}"
-            )
+        for setting in progress.track(settings(options), description="measuring"):
+            start = time.perf_counter()
             compiles = options.compiles if setting.network == "small" else 1
-            measured[setting] = measure(setting, options.repeats, compiles, note)
-            progress.advance(task)
-            progress.console.print(f"{title}: {time.perf_counter() - start:.0f} s")
+            measured[setting] = measure(setting, options.repeats, compiles)
+            took = time.perf_counter() - start
+            progress.console.print(f"{setting.title}: measured in {took:.0f} s")
     console.print(results_table(measured))
     console.print(requirements_table(measured))
     if options.json is not None:

@@ -15,10 +15,9 @@ from jaxtyping import Array, PyTree
 
 from ._backward import Carry, StepBack, largest_of_pair, walk_back, wide
 from ._certificate import certify
-from ._compat import nondifferentiable_backward
 from ._coupling import Pair
 from ._forward import CALL, Setup, run, set_up
-from ._guard import reverse_only
+from ._guard import detached, reverse_only
 from ._observe import Observation
 from ._tape import AbstractTape, Index
 
@@ -68,6 +67,8 @@ def _solve_fwd(perturbed, parts, *, setup: Setup):
 @_solve.def_bwd
 def _solve_bwd(residuals: _Residuals, ct_out, perturbed, parts, *, setup: Setup):
     pair0, *_ = parts
+    # Of the outputs only `ys` and the solver's state depend on what is differentiated:
+    # times and step sizes do not, since Diffrax's controllers stop the gradient there.
     ct_final_state, _ = ct_out
     saved = zip(
         setup.subs,
@@ -121,19 +122,6 @@ def _first_carry(
     return step_back.pull_outputs_at_end(carry, residuals.t_final)
 
 
-def _only_outputs_differentiable(final_state: Any, setup: Setup) -> Any:
-    """Refuses cotangents of anything but the saved `ys` and the solver's state."""
-    where = lambda s: [s.solver_state, *(x.ys for x in setup.save_states(s))]
-    message = (
-        f"{CALL} was differentiated through an output other than `ys` and "
-        "`solver_state` (times, the controller's state, statistics); these have no "
-        "gradient. Apply `jax.lax.stop_gradient` to it, or use "
-        "`adjoint=diffrax.RecursiveCheckpointAdjoint()` with the same solver."
-    )
-    stopped = nondifferentiable_backward(final_state, msg=message, symbolic=False)
-    return eqx.tree_at(where, stopped, where(final_state), is_leaf=lambda x: x is None)
-
-
 class ReversibleAdjoint(dfx.AbstractAdjoint):
     """Exact gradients of `diffrax.diffeqsolve` in memory independent of the number of
     steps, for a [`reversax.Reversible`][] solver.
@@ -152,7 +140,8 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
     that adapts two numbers per step of `max_steps`. Backward, each step costs as many
     vector field evaluations as forward, and their pull-backs.
 
-    Every backward pass checks that it arrives at the initial state again.
+    Every backward pass checks that it arrives at the initial state again. The times of
+    the steps count as constants, which is how Diffrax's own controllers are made.
     """
 
     round_trip_tolerance: float | None = None
@@ -185,7 +174,13 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
         inexact, rest = eqx.partition(parts, eqx.is_inexact_array)
         parts = eqx.combine(jtu.tree_map(reverse_only, inexact), rest)
         final_state, aux_stats = _solve(parts, setup=setup)
-        return _only_outputs_differentiable(final_state, setup), aux_stats
+        where = lambda s: [s.solver_state, *(x.ys for x in setup.save_states(s))]
+        arrays, rest = eqx.partition(final_state, eqx.is_array)
+        constant = eqx.combine(jtu.tree_map(detached, arrays), rest)
+        final_state = eqx.tree_at(
+            where, constant, where(final_state), is_leaf=lambda x: x is None
+        )
+        return final_state, aux_stats
 
 
 ReversibleAdjoint.__init__.__doc__ = """**Arguments:**

@@ -15,7 +15,6 @@ import equinox.internal as eqxi
 from diffrax._integrate import loop as integration_loop  # noqa: F401
 from equinox.internal import (
     nondifferentiable as nondifferentiable,
-    nondifferentiable_backward as nondifferentiable_backward,
     prevbefore as prevbefore,
     while_loop as while_loop,
 )

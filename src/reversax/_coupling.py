@@ -16,8 +16,6 @@ McCallum & Foster (arXiv 2410.11648, equation (4)) with `0 < lam <= 1`:
 """
 
 import abc
-import math
-import operator
 
 import equinox as eqx
 import jax.core
@@ -59,21 +57,20 @@ def _as_coupling_parameter(value) -> float:
             f"({value}). The coupling parameter is a constant of the scheme: pass a "
             "Python float, outside of `jax.jit`, `jax.vmap` and `jax.grad`."
         )
-    try:
-        value = operator.index(value) if isinstance(value, int) else float(value)
-    except (TypeError, ValueError) as e:
+    if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
         raise TypeError(
             "`reversax.McCallumFoster(coupling_parameter=...)` needs a number in "
             f"(0, 1], got {value!r}."
-        ) from e
-    if not (math.isfinite(value) and 0 < value <= 1):
+        )
+    value = float(value)
+    if not 0 < value <= 1:
         raise ValueError(
             "`reversax.McCallumFoster(coupling_parameter=...)` must lie in (0, 1], got "
             f"{value}. Values just below 1, such as the published 0.999, keep the "
             "backward reconstruction accurate; smaller values damp the gap between the "
             "twins faster."
         )
-    return float(value)
+    return value
 
 
 class McCallumFoster(AbstractCoupling):

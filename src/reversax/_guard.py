@@ -1,9 +1,10 @@
-"""An identity that reverse-mode differentiation may pass and forward mode may not.
+"""Identities that say what may be differentiated.
 
+`reverse_only` may be passed in reverse mode and not in forward mode.
 A `custom_vjp` cannot be differentiated in forward mode, and says so without naming the
 solve it belongs to. Both modes begin with the same forward rule, so the rule cannot
-tell them apart; but only forward mode ever *evaluates* the tangent. The tangent is
-therefore carried by a primitive that can be transposed but not evaluated.
+tell them apart; but only forward mode ever *evaluates* the tangent, or applies `vmap`
+to it. The tangent is therefore carried by a primitive that can only be transposed.
 """
 
 import jax
@@ -14,12 +15,10 @@ from jaxtyping import Array
 
 FORWARD_MODE_MESSAGE = (
     "`diffrax.diffeqsolve(..., adjoint=reversax.ReversibleAdjoint())` was "
-    "differentiated in forward mode (`jax.jvp`, `jax.jacfwd`, the outer half of "
-    "`jax.hessian`), but it only has a reverse-mode derivative. Use "
-    "`jax.grad`, `jax.vjp` or `jax.jacrev`, or pass "
-    "`adjoint=diffrax.ForwardMode()` (forward mode only) or "
-    "`adjoint=diffrax.DirectAdjoint()` (both modes) with the same "
-    "`reversax.Reversible` solver, which computes the same scheme."
+    "differentiated in forward mode (`jax.jvp`, `jax.jacfwd`), but it only has a "
+    "reverse-mode derivative. Use `jax.grad`, `jax.vjp` or `jax.jacrev`; or, with the "
+    "same `reversax.Reversible` solver, `adjoint=diffrax.ForwardMode()` (forward mode "
+    "only) or `adjoint=diffrax.DirectAdjoint()` (both modes)."
 )
 
 
@@ -27,15 +26,46 @@ def _refuse(*_, **__):
     raise NotImplementedError(FORWARD_MODE_MESSAGE)
 
 
-_tangent_p = jax.extend.core.Primitive("reversax_reverse_only")
+_tangent_p = jax.extend.core.Primitive("reverse_only_tangent")
 _tangent_p.def_impl(_refuse)
 _tangent_p.def_abstract_eval(lambda x: x)
 mlir.register_lowering(_tangent_p, _refuse)
-batching.defvectorized(_tangent_p)
-ad.deflinear2(_tangent_p, lambda cotangent, _: [cotangent])
+batching.primitive_batchers[_tangent_p] = _refuse
+ad.primitive_transposes[_tangent_p] = lambda cotangent, _: [cotangent]
 
 
-@jax.custom_jvp
+def _jvp(primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    if isinstance(tangent, ad.Zero):
+        return x, tangent
+    # The primal leaves the guard: the derivative of a reverse-mode derivative, in
+    # either mode, is not the business of this one.
+    return x, _tangent_p.bind(tangent)
+
+
+def _identity(name: str, jvp) -> jax.extend.core.Primitive:
+    primitive = jax.extend.core.Primitive(name)
+    primitive.def_impl(lambda x: x)
+    primitive.def_abstract_eval(lambda x: x)
+    mlir.register_lowering(
+        primitive, mlir.lower_fun(lambda x: x, multiple_results=False)
+    )
+    batching.defvectorized(primitive)
+    ad.primitive_jvps[primitive] = jvp
+    return primitive
+
+
+_reverse_only_p = _identity("reverse_only", _jvp)
+
+
+def _zero_jvp(primals, tangents):
+    (x,), _ = primals, tangents
+    return x, ad.Zero(jax.typeof(x).to_tangent_aval())
+
+
+_detached_p = _identity("detached", _zero_jvp)
+
+
 def reverse_only(x: Array) -> Array:
     """Returns `x`; its derivative exists in reverse mode only.
 
@@ -43,13 +73,17 @@ def reverse_only(x: Array) -> Array:
 
     **Returns:** `x` itself.
 
-    **Raises:** `NotImplementedError` when a forward-mode derivative is evaluated or
-    compiled.
+    **Raises:** `NotImplementedError` when a forward-mode derivative is evaluated,
+    compiled or batched.
     """
-    return jnp.asarray(x)
+    return _reverse_only_p.bind(jnp.asarray(x))
 
 
-@reverse_only.defjvp
-def _(primals, tangents):
-    (x,), (tangent,) = primals, tangents
-    return x, _tangent_p.bind(tangent)
+def detached(x: Array) -> Array:
+    """Returns `x` as a constant to differentiation.
+
+    As `jax.lax.stop_gradient`, but for integers too: a custom derivative rule makes all
+    its outputs look differentiated, integers among them, which some primitives of
+    Equinox then choke on.
+    """
+    return _detached_p.bind(x)

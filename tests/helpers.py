@@ -1,0 +1,116 @@
+"""Solvers, controllers and problems that several test files share."""
+
+from typing import ClassVar
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+
+
+class RungeKutta4(dfx.AbstractERK):
+    """A user's own tableau."""
+
+    tableau: ClassVar[dfx.ButcherTableau] = dfx.ButcherTableau(
+        a_lower=(np.array([0.5]), np.array([0.0, 0.5]), np.array([0.0, 0.0, 1.0])),
+        b_sol=np.array([1 / 6, 1 / 3, 1 / 3, 1 / 6]),
+        b_error=np.array([1 / 6 - 1, 1 / 3, 1 / 3, 1 / 6]),
+        c=np.array([0.5, 0.5, 1.0]),
+    )
+    interpolation_cls: ClassVar = dfx.ThirdOrderHermitePolynomialInterpolation.from_k
+
+    def order(self, terms):
+        return 4
+
+
+class OwnMidpoint(dfx.AbstractSolver):
+    """A user's own solver, not written as a tableau, which carries a counter."""
+
+    term_structure: ClassVar = dfx.AbstractTerm
+    interpolation_cls: ClassVar = dfx.LocalLinearInterpolation
+
+    def order(self, terms):
+        return 2
+
+    def init(self, terms, t0, t1, y0, args):
+        return jnp.array(0)
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        del made_jump
+        halfway = t0 + (t1 - t0) / 2
+        half = terms.vf_prod(t0, y0, args, terms.contr(t0, halfway))
+        middle = jax.tree.map(lambda y, k: y + k, y0, half)
+        full = terms.vf_prod(halfway, middle, args, terms.contr(t0, t1))
+        y1 = jax.tree.map(lambda y, k: y + k, y0, full)
+        dense_info = dict(y0=y0, y1=y1)
+        return y1, None, dense_info, solver_state + 1, dfx.RESULTS.successful
+
+    def func(self, terms, t0, y0, args):
+        return terms.vf(t0, y0, args)
+
+
+TABLEAU_BASES = {
+    "Euler": dfx.Euler(),
+    "Heun": dfx.Heun(),
+    "Midpoint": dfx.Midpoint(),
+    "Ralston": dfx.Ralston(),
+    "Bosh3": dfx.Bosh3(),
+    "Tsit5": dfx.Tsit5(),
+    "Dopri5": dfx.Dopri5(),
+    "Dopri8": dfx.Dopri8(),
+    "own-RungeKutta4": RungeKutta4(),
+}
+BASES = {
+    **TABLEAU_BASES,
+    "HalfSolver-Heun": dfx.HalfSolver(dfx.Heun()),
+    "own-midpoint": OwnMidpoint(),
+}
+WITHOUT_ERROR_ESTIMATE = ("Euler", "own-midpoint")
+
+
+def nonuniform(t0, t1, num, dtype=None):
+    """Times from `t0` to `t1` in unequal steps."""
+    s = np.linspace(0, 1, num)
+    return jnp.asarray(t0 + (t1 - t0) * (s + 0.1 * np.sin(3 * s) * (1 - s)), dtype)
+
+
+def ids(names):
+    return dict(argnames="name", argvalues=list(names))
+
+
+def flat(tree):
+    """All floating-point leaves as one vector."""
+    return jax.flatten_util.ravel_pytree(eqx.filter(tree, eqx.is_inexact_array))[0]
+
+
+def relative_difference(a, b):
+    """`|a - b| / |b|` over all leaves, in double precision."""
+    a, b = flat(a).astype(jnp.float64), flat(b).astype(jnp.float64)
+    assert jnp.linalg.norm(b) > 0, "the reference has no gradient"
+    return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+
+
+def finite_sum_of_squares(tree):
+    """A loss over outputs of which those never written are infinite."""
+    leaves = [x for x in jax.tree.leaves(tree) if eqx.is_inexact_array(x)]
+    return sum(jnp.sum(jnp.where(jnp.isfinite(x), x, 0) ** 2) for x in leaves)
+
+
+def network_field(t, y, args):
+    """A small smooth network, time-dependent, rows of `y` independent."""
+    w1, b1, w2 = args
+    return jnp.tanh(y @ w1 + b1) @ w2 * jnp.cos(t) - 0.1 * jnp.sin(y)
+
+
+def network_arguments(dtype=jnp.float64, size=3, width=4):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (size, width), (width,), (width, size)
+    return tuple(
+        jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True)
+    )
+
+
+def initial_states(batch=2, size=3, dtype=jnp.float64):
+    return jax.random.normal(jax.random.key(1), (batch, size), dtype)

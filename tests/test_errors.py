@@ -1,0 +1,236 @@
+"""Bad use is refused at the entry: what was called, what came, what to do instead."""
+
+import math
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+import reversax as rvx
+
+Y0 = jnp.array([1.0, -0.5])
+
+
+def field(t, y, args):
+    return -jnp.sin(y) * (1.0 if args is None else args)
+
+
+TERM = dfx.ODETerm(field)
+
+
+def solve(
+    solver=None,
+    terms=TERM,
+    t0=0.0,
+    t1=1.0,
+    dt0=0.1,
+    y0=Y0,
+    args=None,
+    adjoint=None,
+    **kwargs,
+):
+    if solver is None:
+        solver = rvx.Reversible(dfx.Tsit5())
+    adjoint = rvx.ReversibleAdjoint() if adjoint is None else adjoint
+    return dfx.diffeqsolve(
+        terms, solver, t0, t1, dt0, y0, args, adjoint=adjoint, **kwargs
+    )
+
+
+def test_a_solver_that_is_not_reversible_is_refused():
+    message = (
+        r"ReversibleAdjoint.*needs `solver=reversax\.Reversible.*got `Tsit5`.*Wrap"
+    )
+    with pytest.raises(TypeError, match=message):
+        solve(dfx.Tsit5())
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        dfx.ImplicitEuler(),
+        dfx.Kvaerno5(),
+        dfx.KenCarp4(),
+        dfx.Sil3(),
+        dfx.HalfSolver(dfx.Kvaerno3()),
+    ],
+    ids=lambda base: type(base).__name__,
+)
+def test_an_implicit_base_is_refused(base):
+    message = r"reversax\.Reversible\(.*explicit solver, but `\w+` is implicit.*Use an"
+    with pytest.raises(ValueError, match=message):
+        rvx.Reversible(base)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        dfx.ReversibleHeun(),
+        dfx.LeapfrogMidpoint(),
+        dfx.SemiImplicitEuler(),
+        dfx.HalfSolver(dfx.ReversibleHeun()),
+        rvx.Reversible(dfx.Heun()),
+        dfx.HalfSolver(rvx.Reversible(dfx.Heun())),
+    ],
+    ids=lambda base: type(base).__name__,
+)
+def test_a_base_that_already_advances_two_states_is_refused(base):
+    message = r"reversax\.Reversible\(.*one-step solver, but `\w+` advances two.*Use a"
+    with pytest.raises(ValueError, match=message):
+        rvx.Reversible(base)
+
+
+@pytest.mark.parametrize("not_a_solver", [dfx.Tsit5, "Tsit5", None], ids=repr)
+def test_what_is_no_solver_is_refused(not_a_solver):
+    with pytest.raises(TypeError, match=r"needs a Diffrax solver, such as.*got"):
+        rvx.Reversible(not_a_solver)
+
+
+def test_what_is_no_coupling_or_arithmetic_is_refused():
+    with pytest.raises(TypeError, match=r"coupling=.*got 0\.9.*McCallumFoster\(\)"):
+        rvx.Reversible(dfx.Tsit5(), 0.9)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"arithmetic=.*got 'float'.*FloatingPoint\(\)"):
+        rvx.Reversible(dfx.Tsit5(), arithmetic="float")  # pyright: ignore
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5, 1.0000001, 2, math.nan, math.inf])
+def test_a_coupling_parameter_outside_its_interval_is_refused(value):
+    with pytest.raises(ValueError, match=r"coupling_parameter=.*in \(0, 1\], got"):
+        rvx.McCallumFoster(value)
+
+
+def test_a_coupling_parameter_that_is_no_number_is_refused():
+    with pytest.raises(TypeError, match=r"coupling_parameter=.*needs a number.*got"):
+        rvx.McCallumFoster("0.9")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"coupling_parameter=.*traced value.*float"):
+        jax.jit(lambda x: rvx.McCallumFoster(x).coupling_parameter)(0.9)
+
+
+@pytest.mark.parametrize("adjoint", [None, dfx.RecursiveCheckpointAdjoint()], ids=repr)
+def test_a_complex_state_is_refused_under_every_adjoint(adjoint):
+    message = r"reversax\.Reversible.*real floating-point.*complex128.*split"
+    with (
+        pytest.warns(UserWarning, match="Complex dtype support"),
+        pytest.raises(TypeError, match=message),
+    ):
+        solve(y0=Y0 + 1j, adjoint=adjoint)
+
+
+def test_an_integer_state_is_refused_where_diffrax_has_not_made_it_float():
+    """`diffeqsolve` turns integers into floats before any solver sees them."""
+    message = r"reversax\.Reversible.*real floating-point.*int.*Convert"
+    with pytest.raises(TypeError, match=message):
+        rvx.Reversible(dfx.Tsit5()).init(TERM, 0.0, 0.1, jnp.array([1, 2]), None)
+    assert solve(y0=jnp.array([1, 2])).ys.dtype == jnp.float64
+
+
+@pytest.mark.parametrize(
+    "controller",
+    [
+        dfx.PIDController(rtol=1e-3, atol=1e-3),
+        dfx.ClipStepSizeController(
+            dfx.PIDController(rtol=1e-3, atol=1e-3), step_ts=[0.5]
+        ),
+    ],
+    ids=lambda c: type(c).__name__,
+)
+def test_an_unbounded_number_of_recorded_steps_is_refused(controller):
+    message = r"ReversibleAdjoint.*max_steps=None.*Controller.*pass `max_steps=\.\.\.`"
+    with pytest.raises(ValueError, match=message):
+        solve(stepsize_controller=controller, max_steps=None)
+
+
+def test_an_event_is_refused():
+    event = dfx.Event(lambda t, y, args, **kwargs: t > 0.5)
+    message = (
+        r"(?s)ReversibleAdjoint.*does not support `event=.*RecursiveCheckpointAdjoint"
+    )
+    with pytest.raises(NotImplementedError, match=message):
+        solve(event=event)
+
+
+def test_dense_output_is_refused():
+    message = r"ReversibleAdjoint.*does not support.*dense=True.*SaveAt\(ts=\.\.\.\)"
+    with pytest.raises(NotImplementedError, match=message):
+        solve(saveat=dfx.SaveAt(dense=True))
+
+
+def test_an_infinite_t1_is_refused():
+    with pytest.raises(eqx.EquinoxRuntimeError, match=r"got an infinite `t1`.*finite"):
+        solve(t1=jnp.inf, throw=False, max_steps=10)
+
+
+@pytest.mark.parametrize("adjoint", [None, dfx.DirectAdjoint()], ids=repr)
+def test_an_unsafe_brownian_path_is_refused(adjoint):
+    path = dfx.UnsafeBrownianPath(shape=(2,), key=jax.random.key(0))
+    noise = dfx.ControlTerm(lambda t, y, args: jnp.eye(2), path)
+    message = r"reversax\.Reversible.*UnsafeBrownianPath.*Use.*VirtualBrownianTree"
+    with pytest.raises(ValueError, match=message):
+        solve(rvx.Reversible(dfx.Heun()), dfx.MultiTerm(TERM, noise), adjoint=adjoint)
+
+
+def test_an_ito_base_on_a_stochastic_equation_is_refused():
+    path = dfx.VirtualBrownianTree(0.0, 1.0, 1e-3, (2,), jax.random.key(0))
+    noise = dfx.ControlTerm(lambda t, y, args: jnp.diag(y), path)
+    message = r"reversax\.Reversible.*`Euler`.*Ito.*Stratonovich base such as"
+    with pytest.raises(ValueError, match=message):
+        solve(rvx.Reversible(dfx.Euler()), dfx.MultiTerm(TERM, noise))
+
+
+FORWARD_MODE = r"ReversibleAdjoint.*forward mode.*only has a reverse-mode.*ForwardMode"
+
+
+def summed(args):
+    return jnp.sum(solve(args=args).ys)
+
+
+@pytest.mark.parametrize(
+    "differentiate",
+    [
+        lambda: jax.jvp(summed, (2.0,), (1.0,)),
+        lambda: jax.jit(lambda: jax.jvp(summed, (2.0,), (1.0,)))(),
+        lambda: jax.jacfwd(summed)(2.0),
+    ],
+    ids=["jvp", "jit-of-jvp", "jacfwd"],
+)
+def test_forward_mode_is_refused(differentiate):
+    with pytest.raises(NotImplementedError, match=FORWARD_MODE):
+        differentiate()
+
+
+def outputs(solution):
+    return jnp.sum(solution.ys)
+
+
+NOT_DIFFERENTIABLE = {
+    "t0": lambda x: outputs(solve(t0=x * 0.0)),
+    "t1": lambda x: outputs(solve(t1=x)),
+    "dt0": lambda x: outputs(solve(dt0=0.1 * x)),
+    "ts": lambda x: outputs(solve(saveat=dfx.SaveAt(ts=jnp.array([0.2, 0.4]) * x))),
+    "controller": lambda x: outputs(
+        solve(
+            dt0=None,
+            stepsize_controller=dfx.StepTo(jnp.array([0.0, 0.3, 1.0]) * x),
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_DIFFERENTIABLE)
+def test_a_derivative_with_respect_to_times_is_refused_not_zero(name):
+    # Times depend on one another, so another of them may be the one named.
+    message = r"ReversibleAdjoint.*cannot be differentiated with respect to.*stop_grad"
+    with pytest.raises(Exception, match=message):
+        jax.grad(NOT_DIFFERENTIABLE[name])(1.0)
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, "tight"], ids=repr)
+def test_a_tolerance_that_is_none_is_refused(value):
+    with pytest.raises(ValueError, match=r"round_trip_tolerance=.*got"):
+        rvx.ReversibleAdjoint(round_trip_tolerance=value)
+
+
+def test_round_trip_error_refuses_what_the_adjoint_refuses():
+    with pytest.raises(TypeError, match=r"needs `solver=reversax\.Reversible"):
+        rvx.round_trip_error(TERM, dfx.Tsit5(), 0.0, 1.0, 0.1, Y0)

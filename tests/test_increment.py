@@ -1,0 +1,138 @@
+"""The increment of a base solver is what its own step adds to the state."""
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import (
+    BASES,
+    TABLEAU_BASES,
+    RungeKutta4,
+    initial_states,
+    network_arguments,
+    network_field,
+)
+from reversax._increment import (
+    StepIncrement,
+    TableauIncrement,
+    _tableau,
+    make_increment,
+)
+
+STAGES_FOR_THE_SUM = {
+    "Euler": 1,
+    "Heun": 2,
+    "Midpoint": 2,
+    "Ralston": 2,
+    "Bosh3": 3,
+    "Tsit5": 6,
+    "Dopri5": 6,
+    "Dopri8": 13,
+    "own-RungeKutta4": 4,
+}
+
+
+def step_of(solver, t0, t1, y0, args, term):
+    state = solver.init(term, t0, t1, y0, args)
+    return solver.step(term, t0, t1, y0, args, state, made_jump=True)
+
+
+def same_to_ulps(a, b, scale, ulps=8):
+    bound = ulps * jnp.finfo(a.dtype).eps * (1 + jnp.max(jnp.abs(scale)))
+    return bool(jnp.all(jnp.abs(a - b) <= bound))
+
+
+@pytest.mark.parametrize("times", [(0.3, 0.37), (0.37, 0.3)], ids=["forth", "back"])
+@pytest.mark.parametrize("name", BASES)
+def test_increment_is_what_the_solver_adds(name, times):
+    # A sum of up to 13 stages in another order: 8 ulps of the state's size.
+    solver, term = BASES[name], dfx.ODETerm(network_field)
+    args, y0 = network_arguments(), initial_states()
+    t0, t1 = map(jnp.asarray, times)
+    y1, error, dense_info, _, _ = step_of(solver, t0, t1, y0, args, term)
+    ours = make_increment(solver, term, args)(t0, t1, y0, error=True, dense=True)
+    assert same_to_ulps(y0 + ours.increment, y1, y0)
+    assert (error is None) == (ours.error is None)
+    if error is not None:
+        assert ours.error is not None
+        assert same_to_ulps(ours.error, error, y0)
+    assert dense_info.keys() == ours.dense_info.keys()
+    for key in dense_info:
+        assert same_to_ulps(ours.dense_info[key], dense_info[key], y0)
+
+
+@pytest.mark.parametrize("name", TABLEAU_BASES)
+def test_closing_an_increment_leaves_its_value(name):
+    solver, term = BASES[name], dfx.ODETerm(network_field)
+    args, y0 = network_arguments(), initial_states()
+    t0, t1 = jnp.asarray(0.3), jnp.asarray(0.4)
+    open_ = make_increment(solver, term, args)
+    closed = open_.close(t0, y0)
+    evaluate = lambda increment: increment(t0, t1, y0, error=False, dense=False)
+    assert same_to_ulps(evaluate(closed).increment, evaluate(open_).increment, y0)
+
+
+def test_closing_an_increment_gathers_what_the_field_closes_over():
+    found = []
+
+    @jax.make_jaxpr
+    def trace(w):
+        term = dfx.ODETerm(lambda t, y, args: jnp.tanh(y @ w))
+        increment = make_increment(dfx.Heun(), term, None)
+        closed = increment.close(jnp.asarray(0.0), initial_states())
+        found.extend(x for x in jax.tree.leaves(closed) if x is w)
+        return w
+
+    # Inside a transformation `w` is a tracer; as a leaf it can be differentiated.
+    trace(jnp.eye(3))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("name", TABLEAU_BASES)
+def test_tableau_bases_take_the_fast_path(name):
+    increment = make_increment(BASES[name], dfx.ODETerm(network_field), None)
+    assert isinstance(increment, TableauIncrement)
+
+
+@pytest.mark.parametrize("name", sorted(BASES.keys() - TABLEAU_BASES.keys()))
+def test_other_bases_go_through_their_own_step(name):
+    increment = make_increment(BASES[name], dfx.ODETerm(network_field), None)
+    assert isinstance(increment, StepIncrement)
+
+
+def test_a_tableau_solver_with_a_step_of_its_own_goes_through_that():
+    class Doubled(RungeKutta4):
+        def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+            y1, *rest = super().step(terms, t0, t1, y0, args, solver_state, made_jump)
+            return (y1 + (y1 - y0), *rest)
+
+    assert _tableau(Doubled()) is None
+
+
+@pytest.mark.parametrize("name", TABLEAU_BASES)
+def test_only_stages_behind_the_sum_are_evaluated(name):
+    tableau = _tableau(BASES[name])
+    assert tableau is not None
+    assert len(tableau.stages_behind(tableau.b)) == STAGES_FOR_THE_SUM[name]
+    counted = []
+
+    def field(t, y, args):
+        counted.append(t)
+        return -y
+
+    increment = make_increment(BASES[name], dfx.ODETerm(field), None)
+    one = jnp.asarray(1.0)
+    increment(one, 2 * one, one, error=False, dense=False)
+    assert len(counted) == STAGES_FOR_THE_SUM[name]
+
+
+def test_a_field_of_another_dtype_is_refused_with_both_named():
+    # `ODETerm` would promote; a term that does not must not slip through.
+    class Narrow(dfx.ODETerm):
+        def vf_prod(self, t, y, args, control):
+            return (self.vf(t, y, args) * control).astype(jnp.float32)
+
+    increment = make_increment(dfx.Heun(), Narrow(lambda t, y, args: -y), None)
+    one = jnp.asarray(1.0)
+    with pytest.raises(ValueError, match=r"Reversible.*float64.*gave.*float32"):
+        increment(one, 2 * one, one, error=False, dense=False)

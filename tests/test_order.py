@@ -1,0 +1,152 @@
+"""The order of a reversible scheme, and of what it saves between steps, is its base's.
+
+Slopes of the error against a reference computed by Diffrax's Dopri8 at tolerance 1e-13,
+over halved steps. A slope may exceed the order, and falls short of it by at most 0.25
+where the steps are not yet small enough.
+"""
+
+import functools as ft
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reversax as rvx
+from helpers import RungeKutta4
+
+
+def kepler(t, u, args):
+    q, p = u
+    return p, -q / jnp.sum(q**2) ** 1.5
+
+
+def lotka_volterra(t, y, args):
+    a, b = y
+    return jnp.stack([a * (1.5 - b), b * (a - 3.0)]) + 0.1 * jnp.sin(t)
+
+
+def van_der_pol(t, y, args):
+    return jnp.stack([y[1], (1 - y[0] ** 2) * y[1] - y[0]])
+
+
+PROBLEMS = {
+    "kepler": (
+        kepler,
+        (jnp.array([0.6, 0.0]), jnp.array([0.0, float(np.sqrt(1.4 / 0.6))])),
+    ),
+    "lotka-volterra": (lotka_volterra, jnp.array([1.0, 1.0])),
+    "van-der-pol": (van_der_pol, jnp.array([2.0, 0.0])),
+}
+# Name -> (base, order, order of its interpolation, coarsest number of steps).
+# Orders of the interpolants: cubic Hermite 3 (limited by the base), quartic 4 for
+# Dopri5 and Tsit5 (Diffrax's documentation of the solvers).
+BASES = {
+    "Euler": (dfx.Euler(), 1, 1, 320),
+    "Heun": (dfx.Heun(), 2, 2, 160),
+    "Midpoint": (dfx.Midpoint(), 2, 2, 160),
+    "Ralston": (dfx.Ralston(), 2, 2, 160),
+    "Bosh3": (dfx.Bosh3(), 3, 3, 80),
+    "own-RungeKutta4": (RungeKutta4(), 4, 3, 80),
+    "Dopri5": (dfx.Dopri5(), 5, 4, 40),
+    "Tsit5": (dfx.Tsit5(), 5, 4, 40),
+}
+T1 = 3.0
+# Not commensurate with any step, spread over the interval.
+TS = jnp.array([0.111, 0.4567, 1.0321, 1.7776, 2.3453, 2.9191])
+
+
+@ft.cache
+def reference(problem):
+    field, y0 = PROBLEMS[problem]
+    return dfx.diffeqsolve(
+        dfx.ODETerm(field),
+        dfx.Dopri8(),
+        0.0,
+        T1,
+        None,
+        y0,
+        saveat=dfx.SaveAt(subs=[dfx.SubSaveAt(t1=True), dfx.SubSaveAt(ts=TS)]),
+        # Steps end at the saved times, where no interpolation is needed.
+        stepsize_controller=dfx.ClipStepSizeController(
+            dfx.PIDController(rtol=1e-13, atol=1e-13), step_ts=TS
+        ),
+    ).ys
+
+
+def errors(problem, base, adjoint, steps):
+    """The largest errors at the end and at `TS`, for each number of steps."""
+    field, y0 = PROBLEMS[problem]
+
+    @jax.jit
+    def solve(dt0):
+        return dfx.diffeqsolve(
+            dfx.ODETerm(field),
+            rvx.Reversible(base),
+            0.0,
+            T1,
+            dt0,
+            y0,
+            saveat=dfx.SaveAt(subs=[dfx.SubSaveAt(t1=True), dfx.SubSaveAt(ts=TS)]),
+            adjoint=adjoint,
+            max_steps=10_000,
+        ).ys
+
+    largest = lambda a, b: max(
+        jax.tree.leaves(jax.tree.map(lambda x, y: float(jnp.max(jnp.abs(x - y))), a, b))
+    )
+    both = [solve(T1 / n) for n in steps]
+    ref_t1, ref_ts = reference(problem)
+    return [largest(a, ref_t1) for a, _ in both], [largest(b, ref_ts) for _, b in both]
+
+
+def slope(errs):
+    """The best estimate of the order: the slope between the two finest solves."""
+    return float(np.log2(errs[-2] / errs[-1]))
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("name", BASES)
+def test_global_error_and_interpolated_values_have_the_order_of_the_base(name, problem):
+    base, order, interpolation_order, n = BASES[name]
+    at_t1, at_ts = errors(problem, base, rvx.ReversibleAdjoint(), (n, 2 * n, 4 * n))
+    assert slope(at_t1) >= order - 0.25, at_t1
+    assert slope(at_ts) >= min(order, interpolation_order) - 0.25, at_ts
+    assert rvx.Reversible(base).order(dfx.ODETerm(lambda t, y, args: y)) == order
+
+
+@pytest.mark.parametrize("problem", ["kepler", "lotka-volterra"])
+def test_saved_values_are_as_good_as_the_base_itself_would_save(problem):
+    field, y0 = PROBLEMS[problem]
+    n = 40
+    saved = dfx.diffeqsolve(
+        dfx.ODETerm(field),
+        dfx.Tsit5(),
+        0.0,
+        T1,
+        T1 / n,
+        y0,
+        saveat=dfx.SaveAt(ts=TS),
+    ).ys
+    _, ref = reference(problem)
+    of_base = max(
+        float(jnp.max(jnp.abs(a - b)))
+        for a, b in zip(jax.tree.leaves(saved), jax.tree.leaves(ref), strict=True)
+    )
+    _, ours = errors(problem, dfx.Tsit5(), rvx.ReversibleAdjoint(), [n])
+    assert ours[0] <= 1.5 * of_base
+
+
+def test_interpolation_meets_both_ends_of_a_step():
+    """And does so between twins that are visibly apart."""
+    solver = rvx.Reversible(dfx.Bosh3(), rvx.McCallumFoster(0.9))
+    term = dfx.ODETerm(lotka_volterra)
+    y0 = jnp.array([1.0, 1.0])
+    t0, t1 = jnp.asarray(0.0), jnp.asarray(0.1)
+    pair = rvx.Pair(y0, y0 + 0.01)
+    y1, _, dense_info, _, _ = solver.step(term, t0, t1, y0, None, pair, False)
+    interpolation = solver.interpolation_cls(t0=t0, t1=t1, **dense_info)
+    assert jnp.max(jnp.abs(interpolation.evaluate(t0) - y0)) < 4e-16
+    assert jnp.max(jnp.abs(interpolation.evaluate(t1) - y1)) < 1e-15
+    whole = interpolation.evaluate(t0, t1)
+    assert jnp.max(jnp.abs(whole - (y1 - y0))) < 1e-15

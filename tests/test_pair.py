@@ -1,0 +1,95 @@
+"""A reversible step, undone, gives back the pair it began with."""
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import pytest
+import reversax as rvx
+from helpers import BASES, initial_states, network_arguments, network_field
+from hypothesis import given, settings, strategies as st
+from reversax._increment import make_increment
+from reversax._pair import Scheme, take_step, undo_step
+
+DTYPES = {"float32": jnp.float32, "float64": jnp.float64}
+ONE_STEP = 0.05
+
+
+def scheme_of(coupling_parameter):
+    return Scheme(rvx.McCallumFoster(coupling_parameter), rvx.FloatingPoint())
+
+
+def there_and_back(scheme, base, pair, dtype, h=ONE_STEP):
+    args = network_arguments(dtype)
+    increment = make_increment(base, dfx.ODETerm(network_field), args)
+    t0, t1 = jnp.asarray(0.3, dtype), jnp.asarray(0.3 + h, dtype)
+    full = lambda ta, tb: lambda y: increment(ta, tb, y, error=False, dense=False)
+    psi = lambda ta, tb: lambda y: full(ta, tb)(y).increment
+    step = take_step(scheme, pair, full(t0, t1), full(t1, t0))
+    return undo_step(scheme, step.pair1, psi(t0, t1), psi(t1, t0))
+
+
+def worst_ulps(a, b, scale):
+    dtype = jax.tree.leaves(b)[0].dtype
+    largest = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(scale))
+    off = max(
+        float(jnp.max(jnp.abs(x - y)))
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+    return off / (float(jnp.finfo(dtype).eps) * largest)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("coupling_parameter", [1.0, 0.999, 0.9, 0.5])
+@pytest.mark.parametrize("name", BASES)
+def test_one_step_round_trip_is_within_ulps(name, coupling_parameter, dtype):
+    # Six roundings of half an ulp each, amplified by 1/coupling_parameter <= 2; the
+    # increments, evaluated at states that differ by as much, add little.
+    dtype = DTYPES[dtype]
+    y0 = initial_states(dtype=dtype)
+    pair = rvx.Pair(y0, y0 + dtype(1e-3))
+    scheme = scheme_of(coupling_parameter)
+    again = there_and_back(scheme, BASES[name], pair, dtype)
+    assert worst_ulps(again, pair, pair) <= 3 / coupling_parameter + 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    y=st.floats(-1e6, 1e6),
+    z=st.floats(-1e6, 1e6),
+    coupling_parameter=st.floats(0.1, 1.0),
+)
+def test_unmix_undoes_mix(y, z, coupling_parameter):
+    coupling = rvx.McCallumFoster(coupling_parameter)
+    pair = rvx.Pair(jnp.asarray(y), jnp.asarray(z))
+    again = coupling.unmix(coupling.mix(pair))
+    scale = max(abs(y), abs(z), 1e-300) / coupling_parameter
+    assert abs(float(again.y) - y) <= 4 * 2.3e-16 * scale
+    assert float(again.z) == z
+
+
+def test_the_step_is_the_published_one():
+    """McCallum & Foster, arXiv 2410.11648, equation (4), written out for Euler."""
+    lam, h = 0.99, 0.1
+    field = lambda t, y: jnp.sin(y) + t
+    y0, z0 = jnp.asarray(0.7), jnp.asarray(0.6)
+    t0 = jnp.asarray(0.2)
+    y1 = lam * y0 + (1 - lam) * z0 + h * field(t0, z0)
+    z1 = z0 - (-h) * field(t0 + h, y1)
+
+    solver = rvx.Reversible(dfx.Euler(), rvx.McCallumFoster(lam))
+    term = dfx.ODETerm(lambda t, y, args: field(t, y))
+    out, _, _, pair, _ = solver.step(
+        term, t0, t0 + h, y0, None, rvx.Pair(y0, z0), made_jump=False
+    )
+    assert abs(float(out - y1)) < 1e-15
+    assert abs(float(pair.y - y1)) < 1e-15
+    assert abs(float(pair.z - z1)) < 1e-15
+
+
+def test_the_twins_move_along_when_the_driver_moves_the_state():
+    scheme = scheme_of(0.999)
+    pair = rvx.Pair(jnp.array([1.0, 2.0]), jnp.array([1.125, 2.25]))
+    unmoved = scheme.rebase(pair, pair.y)
+    assert jnp.array_equal(unmoved.y, pair.y) and jnp.array_equal(unmoved.z, pair.z)
+    moved = scheme.rebase(pair, pair.y + 1.0)
+    assert jnp.array_equal(moved.y, pair.y + 1) and jnp.array_equal(moved.z, pair.z + 1)
