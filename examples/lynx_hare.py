@@ -48,13 +48,9 @@ import reversax
 DATA = Path(__file__).parent / "data" / "lynx_hare.csv"
 SPECIES = ("hare", "lynx")
 
-STEPS_PER_YEAR = 8  # A step of an eighth of a year is exact in binary.
+TRAINING_NUM_STEPS = 160  # Of an eighth of a year, which is exact in binary.
 LEARNING_RATE = 2e-2
 PENALTY = 2e-3  # On the squared weights of the network: keeps the curves smooth.
-# The first years alone, then all of them: asked for both cycles at once, training tends
-# to settle on a flat line. Each entry: number of years, share of the training steps.
-CURRICULUM = ((12, 0.3), (21, 0.7))
-
 # Round-off grows as steps are undone, the more the model damps its trajectories. This
 # leaves eight of double precision's sixteen digits.
 GRADIENT_BOUND = 1e-8
@@ -78,9 +74,6 @@ class Pelts(NamedTuple):
     """In thousands a year."""
     log: Float[np.ndarray, "years species"]
     """As the model sees them: logarithms of multiples of the mean."""
-
-    def first(self, num_years: int) -> "Pelts":
-        return self._replace(years=self.years[:num_years], log=self.log[:num_years])
 
     def thousands(self, log) -> np.ndarray:
         return self.mean * np.exp(log)
@@ -151,54 +144,34 @@ def loss_fn(
     return jnp.mean(error**2) + PENALTY * sum(jnp.sum(w**2) for w in weights)
 
 
-def steps_over(pelts: Pelts) -> int:
-    return STEPS_PER_YEAR * (len(pelts.years) - 1)
-
-
-def train_stage(
-    model: PredatorPrey, pelts: Pelts, steps: int, report: Callable[[float], None]
+def train(
+    model: PredatorPrey, pelts: Pelts, steps: int, console: Console
 ) -> tuple[PredatorPrey, float]:
+    """Returns the trained model, and the loss before the last update."""
     schedule = optax.cosine_decay_schedule(LEARNING_RATE, steps)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
     @eqx.filter_jit
     def update(model, state):
         value_and_grad = eqx.filter_value_and_grad(loss_fn)
-        loss, grads = value_and_grad(model, pelts, steps_over(pelts))
+        loss, grads = value_and_grad(model, pelts, TRAINING_NUM_STEPS)
         updates, state = optimiser.update(grads, state)
         return eqx.apply_updates(model, updates), state, loss
 
-    state = optimiser.init(eqx.filter(model, eqx.is_array))
-    loss = math.nan
-    for _ in range(steps):
-        model, state, loss = update(model, state)
-        report(float(loss))
-    return model, float(loss)
-
-
-def train(
-    model: PredatorPrey,
-    pelts: Pelts,
-    stages: Sequence[tuple[int, int]],
-    console: Console,
-) -> tuple[PredatorPrey, float]:
-    """Each stage is a number of years and one of training steps. Returns the model and
-    the loss before its last update."""
-    loss = math.nan
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed}/{task.total}  loss {task.fields[loss]:.4f}"),
         TimeElapsedColumn(),
     )
+    state = optimiser.init(eqx.filter(model, eqx.is_array))
+    loss = math.nan
     with Progress(*columns, console=console) as progress:
-        for num_years, steps in stages:
-            years = pelts.first(num_years)
-            name = f"Training on {years.years[0]:.0f}-{years.years[-1]:.0f}"
-            task = progress.add_task(name, total=steps, loss=math.nan)
-            report = lambda loss, task=task: progress.update(task, advance=1, loss=loss)
-            model, loss = train_stage(model, years, steps, report)
-    return model, loss
+        task = progress.add_task("Training", total=steps, loss=loss)
+        for _ in range(steps):
+            model, state, loss = update(model, state)
+            progress.update(task, advance=1, loss=float(loss))
+    return model, float(loss)
 
 
 class Way(NamedTuple):
@@ -332,20 +305,16 @@ def main() -> None:
     jax.config.update("jax_enable_x64", True)
     console = Console()
     pelts = load_pelts()
+    steps, num_steps = arguments.steps, NUM_STEPS
     if arguments.quick:
-        stages, num_steps = [(len(pelts.years), 5)], NUM_STEPS[1:2]
-    else:
-        stages = [
-            (years, round(share * arguments.steps)) for years, share in CURRICULUM
-        ]
-        num_steps = NUM_STEPS
+        steps, num_steps = 5, NUM_STEPS[1:2]
 
     model = PredatorPrey(pelts.log[0], key=jax.random.key(0))
-    model, loss = train(model, pelts, stages, console)
+    model, loss = train(model, pelts, steps, console)
 
     with console.status("Compiling gradients to compare and measure them"):
         programs = [
-            [compile_gradient(model, pelts, n, c.solver, c.adjoint(n)) for c in WAYS]
+            [compile_gradient(model, pelts, n, w.solver, w.adjoint(n)) for w in WAYS]
             for n in num_steps
         ]
         difference = compare_gradients(model, pelts, num_steps[-1], programs[-1][-1])
@@ -357,7 +326,7 @@ def main() -> None:
     show_memory(num_steps, table, console)
 
     ts = np.linspace(pelts.years[0], pelts.years[-1], 30 * (len(pelts.years) - 1) + 1)
-    fit = np.asarray(solve(model, ts, steps_over(pelts)))
+    fit = np.asarray(solve(model, ts, TRAINING_NUM_STEPS))
     rmse = np.sqrt(np.mean((fit[::30] - pelts.log) ** 2, axis=0))
     arguments.out.mkdir(parents=True, exist_ok=True)
     plot_fit(pelts, ts, fit, arguments.out / "lynx_hare_fit.png")

@@ -12,7 +12,6 @@ import diffrax as dfx
 import jax
 import jax.numpy as jnp
 import pytest
-import reversax as rvx
 from helpers import (
     BASES,
     WITHOUT_ERROR_ESTIMATE,
@@ -23,6 +22,8 @@ from helpers import (
     nonuniform,
     relative_difference,
 )
+
+import reversax as rvx
 
 BOUND = 1e-11
 NUM_STEPS = 1000

@@ -7,11 +7,13 @@ import pytest
 from helpers import (
     BASES,
     TABLEAU_BASES,
+    OwnMidpoint,
     RungeKutta4,
     initial_states,
     network_arguments,
     network_field,
 )
+
 from reversax._increment import (
     StepIncrement,
     TableauIncrement,
@@ -98,6 +100,17 @@ def test_tableau_bases_take_the_fast_path(name):
 def test_other_bases_go_through_their_own_step(name):
     increment = make_increment(BASES[name], dfx.ODETerm(network_field), None)
     assert isinstance(increment, StepIncrement)
+
+
+def test_a_solver_of_other_argument_names_is_called_by_position():
+    class Renamed(OwnMidpoint):
+        def step(self, terms, a, b, y, args, state, jumped):
+            return super().step(terms, a, b, y, args, state, jumped)
+
+    increment = make_increment(Renamed(), dfx.ODETerm(lambda t, y, args: -y), None)
+    one = jnp.asarray(1.0)
+    out = increment(one, 2 * one, one, error=False, dense=False)
+    assert out.increment == -0.5
 
 
 def test_a_tableau_solver_with_a_step_of_its_own_goes_through_that():

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reversax as rvx
 from helpers import RungeKutta4
+
+import reversax as rvx
 
 
 def kepler(t, u, args):

@@ -4,9 +4,10 @@ import diffrax as dfx
 import jax
 import jax.numpy as jnp
 import pytest
-import reversax as rvx
 from helpers import BASES, initial_states, network_arguments, network_field
 from hypothesis import given, settings, strategies as st
+
+import reversax as rvx
 from reversax._increment import make_increment
 from reversax._pair import Scheme, take_step, undo_step
 

@@ -1,15 +1,8 @@
 """Exact gradients of differential equation solvers in constant memory."""
 
 from ._adjoint import ReversibleAdjoint as ReversibleAdjoint
-from ._arithmetic import (
-    AbstractArithmetic as AbstractArithmetic,
-    FloatingPoint as FloatingPoint,
-)
-from ._coupling import (
-    AbstractCoupling as AbstractCoupling,
-    McCallumFoster as McCallumFoster,
-    Pair as Pair,
-)
+from ._arithmetic import FloatingPoint as FloatingPoint
+from ._coupling import McCallumFoster as McCallumFoster, Pair as Pair
 from ._round_trip import (
     RoundTripError as RoundTripError,
     round_trip_error as round_trip_error,

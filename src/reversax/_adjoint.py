@@ -5,19 +5,17 @@ the steps. Backward it walks the steps in reverse, `_backward.py`, and checks th
 arrives where the solve began, `_certificate.py`.
 """
 
-from typing import Any
-
 import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from ._backward import Carry, StepBack, largest_of_pair, walk_back, wide
 from ._certificate import certify
 from ._coupling import Pair
 from ._forward import CALL, Setup, run, set_up
-from ._guard import detached, reverse_only
+from ._guard import detached, forward_only, reverse_only
 from ._observe import Observation
 from ._tape import AbstractTape, Index
 
@@ -83,6 +81,7 @@ def _solve_bwd(residuals: _Residuals, ct_out, perturbed, parts, *, setup: Setup)
     step_back = StepBack(
         scheme=setup.scheme,
         tape=residuals.tape,
+        t0=setup.t0,
         base_interpolation_cls=setup.base_interpolation_cls,
         dense=setup.dense,
         observations=observations,
@@ -92,18 +91,24 @@ def _solve_bwd(residuals: _Residuals, ct_out, perturbed, parts, *, setup: Setup)
     ct_pair = _materialise(residuals.pair, ct_final_state.solver_state)
     first = _first_carry(step_back, residuals, pair0, ct_pair)
     last = walk_back(step_back, first)
-    ct_pair, ct_parameters = step_back.pull_outputs_at_start(
-        last, setup.t0, setup.t0 == setup.t1
-    )
+    ct_pair, ct_parameters = step_back.pull_outputs_at_start(last, setup.t0 == setup.t1)
     ct_parameters = jtu.tree_map(lambda d, ct: ct.astype(d.dtype), diff, ct_parameters)
-    return certify(
+    gradient = certify(
         (ct_pair, *ct_parameters),
         setup.scheme,
         reconstructed=last.pair,
         true=pair0,
         scale=last.scale,
         tolerance=setup.round_trip_tolerance,
+        overflowed=_not_finite(residuals.pair),
+        throw=setup.throw,
     )
+    return jtu.tree_map(forward_only, gradient)
+
+
+def _not_finite(pair: Pair) -> Bool[Array, ""]:
+    leaves = [x for x in jtu.tree_leaves(pair) if eqx.is_inexact_array(x)]
+    return ~jnp.stack([jnp.array(True), *(jnp.isfinite(x).all() for x in leaves)]).all()
 
 
 def _first_carry(
@@ -150,7 +155,8 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
         tolerance = self.round_trip_tolerance
         if tolerance is None:
             return
-        if not isinstance(tolerance, int | float) or not tolerance >= 0:
+        is_number = isinstance(tolerance, int | float) and type(tolerance) is not bool
+        if not (is_number and tolerance >= 0):
             raise ValueError(
                 "`reversax.ReversibleAdjoint(round_trip_tolerance=...)` must be a "
                 "Python number of at least 0, `math.inf`, or `None`, got "
@@ -165,9 +171,11 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
         passed_controller_state,
         **solve,
     ):
-        del throw, passed_controller_state
+        del passed_controller_state
         parts, setup = set_up(
             **solve,
+            call=CALL,
+            throw=throw,
             passed_solver_state=passed_solver_state,
             round_trip_tolerance=self.round_trip_tolerance,
         )
@@ -188,12 +196,14 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 - `round_trip_tolerance`: how far from `y0` the backward pass may arrive, relative to
     the largest size that the state had, per leaf of the state; dimensionless. By
     default the square root of the leaf's machine epsilon: 3.5e-4 in single precision,
-    1.5e-8 in double. `math.inf` switches the check off.
+    1.5e-8 in double. (Some ulps of the largest leaf pass in any leaf.) `math.inf`
+    switches the check off.
 
 **Raises:** when a solve begins, `TypeError` for a solver that is not
 [`reversax.Reversible`][], `NotImplementedError` for `event=...` and
 `SaveAt(dense=True)`, `ValueError` for `max_steps=None` with a controller that adapts.
 When differentiated, an error for times and controllers, and `NotImplementedError` in
 forward mode. In the backward pass, `equinox.EquinoxRuntimeError` if the round trip
-exceeds the tolerance.
+exceeds the tolerance. With `throw=False` a solve that itself overflowed gets a gradient
+of NaN instead.
 """

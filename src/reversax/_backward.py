@@ -96,6 +96,7 @@ class StepBack(eqx.Module):
 
     scheme: Scheme
     tape: AbstractTape
+    t0: Time
     base_interpolation_cls: Callable = eqx.field(static=True)
     dense: bool = eqx.field(static=True)
     observations: list[Observation]
@@ -119,13 +120,13 @@ class StepBack(eqx.Module):
         return eqx.tree_at(where, carry, (ct_pair, ct_parameters))
 
     def pull_outputs_at_start(
-        self, carry: Carry, t0: Time, trivial: Bool[Array, ""]
+        self, carry: Carry, trivial: Bool[Array, ""]
     ) -> tuple[Pair, PyTree[Array]]:
         """The cotangents of the initial pair and the parameters, with those of what
         was saved before the first step. In a trivial solve there are no steps."""
         readout = self.scheme.readout(carry.pair)
         pulled = [
-            observation.pull_initial(fn, t0, readout, trivial)
+            observation.pull_initial(fn, self.t0, readout, trivial)
             for observation, fn, _ in self._observed(carry.num_ts)
         ]
         return self._add_pulled(carry, pulled)
@@ -150,8 +151,7 @@ class StepBack(eqx.Module):
         ]
 
     def __call__(self, carry: Carry) -> Carry:
-        index = carry.num_steps - 1
-        t0, t1 = self.tape.start(index), self.tape.end(index)
+        index, t0, t1 = self.tape.last_of(carry.num_steps, self.t0)
         diff_increment, _ = self.diff
         nondiff_increment, _ = self.nondiff
 
@@ -195,7 +195,7 @@ class StepBack(eqx.Module):
             ct_parameters = add_trees(ct_parameters, ct_p)
         scale = largest_of_pair(self.scheme, pair0)
         return Carry(
-            index,
+            carry.num_steps - 1,
             pair0,
             ct,
             (ct_parameters, self._add_fns(ct_fns_total, ct_fns)),
@@ -240,20 +240,20 @@ def walk_back_without_cotangents(
     scheme: Scheme,
     increment: AbstractIncrement,
     tape: AbstractTape,
+    t0: Time,
     pair1: Pair,
     num_steps: Index,
 ) -> Pair:
     """Undoes all the steps: the reconstructed initial pair."""
 
     def undo(carry):
-        index, pair = carry
-        index = index - 1
-        t0, t1 = tape.start(index), tape.end(index)
+        num_steps, pair = carry
+        _, start, end = tape.last_of(num_steps, t0)
         psi = lambda ta, tb, y: increment(ta, tb, y, error=False, dense=False).increment
         pair = undo_step(
-            scheme, pair, lambda z: psi(t0, t1, z), lambda y: psi(t1, t0, y)
+            scheme, pair, lambda z: psi(start, end, z), lambda y: psi(end, start, y)
         )
-        return index, pair
+        return num_steps - 1, pair
 
     _, pair0 = lax.while_loop(lambda c: c[0] > 0, undo, (num_steps, pair1))
     return pair0

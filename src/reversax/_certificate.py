@@ -7,16 +7,24 @@ is off by
     (E)    max over leaves and twins of  max|d| / s
 
 which must not exceed a tolerance. By default that is the square root of the state's
-machine epsilon (3.5e-4 in single precision, 1.5e-8 in double): half the digits.
+machine epsilon `eps` (3.5e-4 in single precision, 1.5e-8 in double): half the digits.
+
+A leaf may hold nothing but the round-off of others, such as an invariant that should be
+zero. So `s` of a leaf is never taken smaller than
+
+    (M)    64 sqrt(eps) * max over leaves of s,
+
+by which, at the default tolerance, an error of 64 ulps of the largest leaf passes.
 """
 
+import functools as ft
 import math
 from collections.abc import Sequence
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from ._backward import Scale, largest
 from ._coupling import Pair
@@ -29,17 +37,23 @@ _DECADES = range(_SMALLEST_DECADE, 3)
 def round_trip(scheme: Scheme, reconstructed: Pair, true: Pair) -> Pair:
     """The reconstructed minus the true pair, decoded."""
     a, b = scheme.decode(reconstructed), scheme.decode(true)
-    return jtu.tree_map(lambda x, y: x - y, a, b)
+    # An infinity that is found again is no error.
+    return jtu.tree_map(lambda x, y: jnp.where(x == y, 0, x - y), a, b)
 
 
 def relative_size(difference: Pair, scale: Scale) -> list[Float[Array, ""]]:
     """(E) for each leaf; NaN where anything is."""
 
-    def ratio(d, s):
-        return jnp.where(d == 0, 0, d / jnp.where(s == 0, 1, s))
-
     sizes = jtu.tree_map(jnp.maximum, largest(difference.y), largest(difference.z))
-    return jtu.tree_leaves(jtu.tree_map(ratio, sizes, scale))
+    scales = jtu.tree_leaves(scale)
+    overall = ft.reduce(jnp.maximum, scales, 0)
+
+    def ratio(d, s):
+        s = jnp.maximum(s, 64 * default_tolerance(s.dtype) * overall)  # (M)
+        return jnp.where(d == 0, 0, d / jnp.where(s == 0, 1, s))  # (E)
+
+    sizes = jtu.tree_leaves(sizes)
+    return [ratio(d, s) for d, s in zip(sizes, scales, strict=True)]
 
 
 def default_tolerance(dtype) -> float:
@@ -84,8 +98,14 @@ def certify(
     true: Pair,
     scale: Scale,
     tolerance: float | None,
+    overflowed: Bool[Array, ""],
+    throw: bool,
 ) -> PyTree[Array]:
-    """Returns `gradient`, or raises if the round trip (E) exceeds the tolerance."""
+    """Returns `gradient`, or raises if the round trip (E) exceeds the tolerance.
+
+    `overflowed` says whether the solve itself did. With `throw=False`, by which users
+    ask to look at failures themselves, the gradient is then NaN instead.
+    """
     if tolerance == math.inf:
         return gradient
     sizes = relative_size(round_trip(scheme, reconstructed, true), scale)
@@ -97,10 +117,13 @@ def certify(
     # Phrased so that NaN fails.
     failed = ~jnp.stack([x <= b for x, b in zip(sizes, bounds, strict=True)]).all()
     index = _message_index(sizes)
+    if not throw:
+        failed = failed & ~overflowed
     # Hung on a zero that every leaf depends on: any of them may go unused, and passing
     # them all through the check would copy them.
     zero = jnp.zeros((), jnp.float32)
     zero = eqx.branched_error_if(zero, failed, index, _messages(tolerance))
+    zero = jnp.where(overflowed, jnp.nan, zero)
     return jtu.tree_map(lambda x: x + zero.astype(x.dtype), gradient)
 
 

@@ -48,46 +48,51 @@ class Setup(eqx.Module):
     max_steps: int | None = eqx.field(static=True)
     progress_meter: dfx.AbstractProgressMeter
     round_trip_tolerance: float | None = eqx.field(static=True)
+    throw: bool = eqx.field(static=True)
 
     @property
     def subs(self) -> list[dfx.SubSaveAt]:
-        return jtu.tree_leaves(self.saveat.subs, is_leaf=is_subsaveat)
+        return _subs(self.saveat)
 
     def save_states(self, state: Any) -> list:
         """Diffrax's record of saved outputs for each `SubSaveAt`, out of a state of
         its loop or the cotangent of one."""
         structure = jtu.tree_structure(self.saveat.subs, is_leaf=is_subsaveat)
-        return structure.flatten_up_to(state.save_state)
+        return [x for x in structure.flatten_up_to(state.save_state) if x is not None]
 
 
 def _is_none(x: Any) -> bool:
     return x is None
 
 
-def _check_call(solver, stepsize_controller, event, saveat, max_steps) -> None:
-    if not issubclass(type(solver), Reversible):
+def _check_call(call, solver, stepsize_controller, event, saveat, max_steps) -> None:
+    # By exact type: `isinstance` looks through wrappers such as `HalfSolver`, and the
+    # adjoint takes the step of `Reversible`, whatever a subclass may do.
+    if type(solver) is not Reversible:
         name = type(solver).__name__
+        if isinstance(solver, Reversible):
+            wrap = "Make `Reversible` the outermost wrapper, of no class but its own"
+        else:
+            wrap = f"Wrap an explicit solver: `reversax.Reversible({name}(...))`"
         raise TypeError(
-            f"{CALL} needs `solver=reversax.Reversible(...)`, got `{name}`. Wrap the "
-            f"solver, for example `reversax.Reversible(diffrax.{name}())` if it is an "
-            "explicit one-step method, or use "
-            "`adjoint=diffrax.RecursiveCheckpointAdjoint()`."
+            f"{call} needs `solver=reversax.Reversible(...)`, got `{name}`. {wrap}; or "
+            "use `adjoint=diffrax.RecursiveCheckpointAdjoint()`."
         )
     if event is not None:
         raise NotImplementedError(
-            f"{CALL} does not support `event=...` yet, got {event!r}. Use "
+            f"{call} does not support `event=...` yet, got {event!r}. Use "
             "`adjoint=diffrax.RecursiveCheckpointAdjoint()` with the same solver."
         )
     if saveat.dense:
         raise NotImplementedError(
-            f"{CALL} does not support `saveat=diffrax.SaveAt(dense=True)` yet. Save "
+            f"{call} does not support `saveat=diffrax.SaveAt(dense=True)` yet. Save "
             "at given times with `SaveAt(ts=...)`, or use "
             "`adjoint=diffrax.RecursiveCheckpointAdjoint()` with the same solver."
         )
     if max_steps is None and not prescribes_times(stepsize_controller):
         name = type(stepsize_controller).__name__
         raise ValueError(
-            f"{CALL} got `max_steps=None` with `stepsize_controller={name}(...)`. The "
+            f"{call} got `max_steps=None` with `stepsize_controller={name}(...)`. The "
             "times of the steps that an adaptive controller accepts are recorded, two "
             "numbers a step, so their number must be bounded: pass `max_steps=...`, or "
             "use `diffrax.ConstantStepSize()` or `diffrax.StepTo(...)`, which need no "
@@ -119,6 +124,8 @@ def _finite(t1: Array) -> Array:
 
 def set_up(
     *,
+    call,
+    throw,
     args,
     terms,
     solver,
@@ -135,7 +142,7 @@ def set_up(
     round_trip_tolerance,
 ):
     """Splits a solve into what is differentiated and a `Setup`."""
-    _check_call(solver, stepsize_controller, event, saveat, max_steps)
+    _check_call(call, solver, stepsize_controller, event, saveat, max_steps)
     y0, scheme = init_state.y, solver.scheme
     check_problem(solver, terms, y0)
     if passed_solver_state:
@@ -143,31 +150,40 @@ def set_up(
     else:
         pair0 = scheme.start(y0)
     increment = make_increment(solver.solver, terms, args).close(t0, y0)
-    subs = jtu.tree_leaves(saveat.subs, is_leaf=is_subsaveat)
+    subs = _subs(saveat)
     fns = [close_fn(sub, args, t0, y0) for sub in subs]
     saveat = eqx.tree_at(lambda s: _fns(s), saveat, replace_fn=lambda _: None)
     where_state = lambda s: (s.y, s.solver_state)
     init_state = eqx.tree_at(where_state, init_state, (None, None), is_leaf=_is_none)
+    # First, so that a derivative in one of these is not blamed on what follows from it.
+    t0, t1, dt0 = _constant((t0, t1, dt0), "`t0`, `t1` or `dt0`")
     setup = Setup(
-        scheme=scheme,
+        scheme=_constant(scheme, "the coupling or the arithmetic"),
         base_interpolation_cls=solver.solver.interpolation_cls,
         error_order=solver.error_order(terms),
         dense=any(sub.ts is not None for sub in subs),
         controller=_constant(stepsize_controller, "the step-size controller"),
         saveat=_constant(saveat, "the times of `SaveAt(ts=...)`"),
-        init_state=_constant(init_state, "`t0`, `dt0` or the controller's state"),
-        t0=_constant(t0, "`t0`"),
-        t1=_finite(_constant(t1, "`t1`")),
-        dt0=_constant(dt0, "`dt0`"),
+        init_state=_constant(init_state, "the controller's state"),
+        t0=t0,
+        t1=_finite(t1),
+        dt0=dt0,
         max_steps=max_steps,
         progress_meter=progress_meter,
         round_trip_tolerance=round_trip_tolerance,
+        throw=throw,
     )
     return (pair0, increment, fns), setup
 
 
+def _subs(saveat: dfx.SaveAt) -> list[dfx.SubSaveAt]:
+    # `subs` may hold `None`s, and is one if only states are saved.
+    leaves = jtu.tree_leaves(saveat.subs, is_leaf=is_subsaveat)
+    return [sub for sub in leaves if is_subsaveat(sub)]
+
+
 def _fns(saveat: dfx.SaveAt) -> list:
-    return [sub.fn for sub in jtu.tree_leaves(saveat.subs, is_leaf=is_subsaveat)]
+    return [sub.fn for sub in _subs(saveat)]
 
 
 def _save_with(fn):

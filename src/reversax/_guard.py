@@ -1,6 +1,8 @@
 """Identities that say what may be differentiated.
 
-`reverse_only` may be passed in reverse mode and not in forward mode.
+`reverse_only` may be passed in reverse mode and not in forward mode, `forward_only`,
+for what the reverse mode returns, the other way round, and `detached` in neither.
+
 A `custom_vjp` cannot be differentiated in forward mode, and says so without naming the
 solve it belongs to. Both modes begin with the same forward rule, so the rule cannot
 tell them apart; but only forward mode ever *evaluates* the tangent, or applies `vmap`
@@ -22,8 +24,21 @@ FORWARD_MODE_MESSAGE = (
 )
 
 
+REVERSE_OVER_REVERSE_MESSAGE = (
+    "A gradient of `diffrax.diffeqsolve(..., adjoint=reversax.ReversibleAdjoint())` "
+    "was differentiated in reverse mode once more (`jax.grad` of `jax.grad`, "
+    "`jax.jacrev` of `jax.jacrev`). Differentiate the gradient in forward mode: "
+    "`jax.hessian(f)`, `jax.jacfwd(jax.grad(f))`, or `jax.jvp(jax.grad(f), ...)` for "
+    "the product of the Hessian with a vector."
+)
+
+
 def _refuse(*_, **__):
     raise NotImplementedError(FORWARD_MODE_MESSAGE)
+
+
+def _refuse_again(*_, **__):
+    raise NotImplementedError(REVERSE_OVER_REVERSE_MESSAGE)
 
 
 _tangent_p = jax.extend.core.Primitive("reverse_only_tangent")
@@ -31,6 +46,7 @@ _tangent_p.def_impl(_refuse)
 _tangent_p.def_abstract_eval(lambda x: x)
 mlir.register_lowering(_tangent_p, _refuse)
 batching.primitive_batchers[_tangent_p] = _refuse
+ad.primitive_jvps[_tangent_p] = _refuse
 ad.primitive_transposes[_tangent_p] = lambda cotangent, _: [cotangent]
 
 
@@ -64,6 +80,26 @@ def _zero_jvp(primals, tangents):
 
 
 _detached_p = _identity("detached", _zero_jvp)
+
+
+def _linear_jvp(primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    if not isinstance(tangent, ad.Zero):
+        tangent = _forward_tangent_p.bind(tangent)
+    return x, tangent
+
+
+_forward_only_p = _identity("forward_only", _linear_jvp)
+_forward_tangent_p = _identity("forward_only_tangent", _linear_jvp)
+ad.primitive_transposes[_forward_tangent_p] = _refuse_again
+
+
+def forward_only(x: Array) -> Array:
+    """Returns `x`; its derivative exists in forward mode only.
+
+    **Raises:** `NotImplementedError` when a reverse-mode derivative is taken.
+    """
+    return _forward_only_p.bind(x)
 
 
 def reverse_only(x: Array) -> Array:

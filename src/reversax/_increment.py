@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -128,11 +127,13 @@ def _add(y: State, increment: State) -> State:
 
 
 def _check_like_state(k: State, y: State) -> None:
-    describe = lambda tree: jax.tree.map(
-        lambda x: (jnp.shape(x), jnp.result_type(x)), tree
-    )
+    # Leaf by leaf: a user's own tree need not know when it equals another.
+    describe = lambda tree: [
+        f"{jtu.keystr(path) or 'y'}: {jnp.result_type(x)}{list(jnp.shape(x))}"
+        for path, x in jtu.tree_leaves_with_path(tree)
+    ]
     got, expected = describe(k), describe(y)
-    if got != expected:
+    if jtu.tree_structure(k) != jtu.tree_structure(y) or got != expected:
         raise ValueError(
             "`reversax.Reversible(...)`: the vector field times the control must have "
             f"the structure, shapes and dtypes of the state. The state has {expected}, "
@@ -227,7 +228,7 @@ def make_increment(
     def step(t0, t1, y):
         solver_state = solver.init(terms, t0, t1, y, args)
         y1, estimate, dense_info, _, result = solver.step(
-            terms, t0, t1, y, args, solver_state, made_jump=True
+            terms, t0, t1, y, args, solver_state, True
         )
         return y1, estimate, dense_info, result
 

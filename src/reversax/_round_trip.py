@@ -7,9 +7,16 @@ from jaxtyping import Array, Int, PyTree
 
 from ._backward import walk_back_without_cotangents
 from ._certificate import round_trip
+from ._compat import nondifferentiable
 from ._coupling import Pair
 from ._forward import run, set_up
 from ._increment import State
+
+_CALL = "`reversax.round_trip_error(...)`"
+_NO_DERIVATIVE = (
+    f"{_CALL} was differentiated, but it measures round-off, which has no derivative. "
+    "Apply `jax.lax.stop_gradient` to its arguments."
+)
 
 
 class RoundTripError(NamedTuple):
@@ -26,14 +33,24 @@ class _ThereAndBack(dfx.AbstractAdjoint):
     """Solves forward and back, and leaves the difference among the statistics."""
 
     def loop(self, *, throw, passed_solver_state, passed_controller_state, **solve):
-        del throw, passed_controller_state
+        del passed_controller_state
         (pair0, increment, fns), setup = set_up(
-            **solve, passed_solver_state=passed_solver_state, round_trip_tolerance=None
+            **solve,
+            call=_CALL,
+            throw=throw,
+            passed_solver_state=passed_solver_state,
+            round_trip_tolerance=None,
         )
+        pair0, increment = nondifferentiable((pair0, increment), msg=_NO_DERIVATIVE)
         final_state, aux_stats, tape = run((pair0, increment, fns), setup)
         num_steps = final_state.num_accepted_steps
         reconstructed = walk_back_without_cotangents(
-            setup.scheme, increment, tape, final_state.solver_state, num_steps
+            setup.scheme,
+            increment,
+            tape,
+            setup.t0,
+            final_state.solver_state,
+            num_steps,
         )
         error = round_trip(setup.scheme, reconstructed, pair0)
         return final_state, dict(aux_stats, round_trip_error=error)

@@ -37,11 +37,12 @@ def _innermost(solver: dfx.AbstractSolver) -> dfx.AbstractSolver:
 
 def _check_base(solver: Any) -> None:
     """Refuses what no reversible scheme can be built on."""
-    call = f"`reversax.Reversible({type(solver).__name__}(...))`"
     if not isinstance(solver, dfx.AbstractSolver):
         raise TypeError(
-            f"{call} needs a Diffrax solver, such as `diffrax.Tsit5()`, got {solver!r}."
+            "`reversax.Reversible(solver)` needs a Diffrax solver, such as "
+            f"`diffrax.Tsit5()` (with the brackets), got {solver!r}."
         )
+    call = f"`reversax.Reversible({type(solver).__name__}(...))`"
     layers = _layers(solver)
     # By exact type: `isinstance` looks through wrappers.
     reversible = any(issubclass(type(layer), Reversible) for layer in layers)
@@ -138,6 +139,9 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
     ordinary Diffrax solver and works under every other adjoint too, at no advantage.
     Do not use it for stiff problems: implicit bases cannot be reversed, and see the
     coupling for damped ones.
+
+    Nor for multi-step methods: every step of the base is begun afresh, so a solver that
+    remembers earlier steps is taken at its first one.
 
     The order, the error estimate and the interpolation are those of the base. A step
     costs two evaluations of the base's increment: `2*s` vector field evaluations for a

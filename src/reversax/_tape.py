@@ -38,6 +38,18 @@ class AbstractTape(eqx.Module):
     def end(self, index: Index) -> Time:
         """Where step `index` ended."""
 
+    def last_of(self, num_steps: Index, t0: Time) -> tuple[Index, Time, Time]:
+        """The last of the first `num_steps` steps: its index, start and end.
+
+        With none left it is a step of no length at `t0`. A lane of a batch that has
+        undone all its steps goes on computing while others are at it; what it computes
+        is thrown away, but must not fail: it stays at the initial time and state.
+        """
+        index = jnp.maximum(num_steps - 1, 0)
+        some = num_steps > 0
+        start = jnp.where(some, self.start(index), t0)
+        return index, start, jnp.where(some, self.end(index), t0)
+
 
 class PrescribedTape(AbstractTape):
     """The intervals that `ConstantStepSize` or `StepTo` prescribe."""

@@ -1,0 +1,145 @@
+"""Canaries: what the package relies on of upstream that upstream does not promise."""
+
+import inspect
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+
+from reversax import _compat, _guard
+
+
+class _Spy(dfx.AbstractAdjoint):
+    """Hands on what `diffeqsolve` calls an adjoint with."""
+
+    seen: list
+
+    def loop(self, **kwargs):
+        self.seen.append(kwargs)
+        return dfx.RecursiveCheckpointAdjoint().loop(**kwargs)
+
+
+@pytest.fixture
+def call():
+    seen = []
+    with jax.disable_jit(False):
+        dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, args: -y),
+            dfx.Euler(),
+            0.0,
+            1.0,
+            0.25,
+            jnp.array(1.0),
+            adjoint=_Spy(seen),
+        )
+    return seen[0]
+
+
+def test_an_adjoint_is_called_with_these_arguments(call):
+    assert set(call) == {
+        "args", "terms", "solver", "stepsize_controller", "event", "saveat", "t0", "t1",
+        "dt0", "max_steps", "throw", "init_state", "passed_solver_state",
+        "passed_controller_state", "progress_meter",
+    }  # fmt: skip
+
+
+def test_the_loops_state_has_these_fields(call):
+    fields = {
+        "y", "tprev", "tnext", "solver_state", "controller_state", "save_state",
+        "num_accepted_steps",
+    }  # fmt: skip
+    assert fields <= set(vars(call["init_state"]))
+    assert {"ys", "saveat_ts_index"} <= set(vars(call["init_state"].save_state))
+
+
+def test_the_integration_loop_takes_these_arguments():
+    assert set(inspect.signature(_compat.integration_loop).parameters) == {
+        "solver", "stepsize_controller", "event", "saveat", "t0", "t1", "dt0",
+        "max_steps", "terms", "args", "init_state", "inner_while_loop",
+        "outer_while_loop", "progress_meter",
+    }  # fmt: skip
+    # Imported because it cannot be had otherwise without an adjoint at hand.
+    assert dfx.DirectAdjoint()._loop is _compat.integration_loop
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 7])
+def test_constant_steps_are_replayed_to_the_bit(num_steps):
+    controller, t0, t1 = dfx.ConstantStepSize(), jnp.array(0.1), jnp.array(1.3)
+    dt0 = (t1 - t0) / num_steps
+    end, state = controller.init(None, t0, t1, None, dt0, None, None, None)
+    first_state = state
+    for index in range(1, num_steps):
+        *_, end, _, state, _ = controller.adapt_step_size(
+            t0, end, None, None, None, None, None, state
+        )
+        again = _compat.replayed_end(controller, first_state, t1, jnp.array(index))
+        assert end == again
+
+
+def test_prescribed_times_are_replayed_to_the_bit():
+    ts = jnp.array([0.0, 0.3, 0.35, 1.0])
+    controller = dfx.StepTo(ts)
+    _, first_state = controller.init(None, ts[0], ts[-1], None, None, None, None, None)
+    for index in range(1, 3):
+        again = _compat.replayed_end(controller, first_state, ts[0], jnp.array(index))
+        assert again == ts[index + 1]
+
+
+def test_prevbefore_is_the_next_number_below():
+    for x in (1.0, 0.0, -3.5, 1e-300):
+        assert _compat.prevbefore(jnp.array(x)) < x or x == 1e-300
+    below = _compat.prevbefore(jnp.array(1.0))
+    assert below == jnp.nextafter(jnp.array(1.0), jnp.array(0.0))
+
+
+def test_nondifferentiable_refuses_a_derivative_with_our_message():
+    with pytest.raises(Exception, match="our message"):
+        jax.grad(lambda x: _compat.nondifferentiable(x, msg="our message"))(1.0)
+
+
+def test_buffers_are_written_where_the_predicate_holds():
+    buffer = jnp.zeros(3)
+    assert _compat.buffer_at_set(buffer, 1, 5.0, pred=True)[1] == 5
+    assert _compat.buffer_at_set(buffer, 1, 5.0, pred=jnp.array(False))[1] == 0
+
+    def body(carry):
+        i, buffer = carry
+        return i + 1, _compat.buffer_at_set(buffer, i, i * 1.0, pred=i != 1)
+
+    _, filled = _compat.while_loop(
+        lambda c: c[0] < 3,
+        body,
+        (jnp.array(0), buffer),
+        max_steps=None,
+        buffers=lambda c: c[1],
+        kind="lax",
+    )
+    assert filled.tolist() == [0, 0, 2]
+
+
+def test_the_guard_passes_reverse_mode_under_every_batching():
+    f = lambda x: jnp.sum(_guard.reverse_only(x) ** 2)
+    x = jnp.array([1.0, 2.0])
+    assert jnp.array_equal(jax.grad(f)(x), 2 * x)
+    assert jnp.array_equal(jax.jit(jax.grad(jax.jit(f)))(x), 2 * x)
+    rows = jnp.stack([x, 3 * x])
+    total = lambda rows: jnp.sum(jax.vmap(f)(rows))
+    assert jnp.array_equal(jax.grad(total)(rows), 2 * rows)
+    assert jnp.array_equal(jax.vmap(jax.grad(f))(rows), 2 * rows)
+    assert jnp.array_equal(jax.jacrev(_guard.reverse_only)(x), jnp.eye(2))
+
+
+def test_the_guard_detaches_integers_too():
+    f = lambda x: _guard.detached(x) * x
+    assert jax.grad(f)(3.0) == 3.0
+    assert _guard.detached(jnp.array(3)).dtype == jnp.array(3).dtype
+    assert jax.vmap(_guard.detached)(jnp.arange(3)).tolist() == [0, 1, 2]
+
+
+def test_errors_at_run_time_are_of_this_class():
+    with pytest.raises(eqx.EquinoxRuntimeError, match="second"):
+        jax.jit(
+            lambda x: eqx.branched_error_if(x, x > 0, jnp.array(1), ["first", "second"])
+        )(jnp.array(1.0))

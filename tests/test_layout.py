@@ -1,0 +1,84 @@
+"""The house rules that a machine can check."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+
+import reversax
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "reversax"
+# From the bottom to the top: a module imports only from those before it.
+ORDER = [
+    "_compat", "_guard", "_increment", "_coupling", "_arithmetic", "_pair", "_solver",
+    "_tape", "_observe", "_forward", "_backward", "_certificate", "_adjoint",
+    "_round_trip", "__init__",
+]  # fmt: skip
+MODULES = sorted(SOURCE.glob("*.py"))
+FILES = [
+    path
+    for folder in ("src", "tests", "examples", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
+by_name = lambda path: path.stem
+
+
+@pytest.mark.parametrize("path", MODULES, ids=by_name)
+def test_imports_only_point_down(path):
+    below = ORDER[: ORDER.index(path.stem)]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            assert node.module in below, node.module
+
+
+@pytest.mark.parametrize("path", MODULES, ids=by_name)
+def test_private_upstream_names_are_imported_in_compat_only(path):
+    if path.stem == "_compat":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            assert not any(part.startswith("_") for part in node.module.split("."))
+            assert not node.module.startswith("equinox.internal")
+        if isinstance(node, ast.Import):
+            assert not any(a.name.startswith("equinox.internal") for a in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_are_short_enough_to_read(path):
+    text = path.read_text()
+    assert text.count("\n") < 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno is not None
+            lines = node.end_lineno - node.lineno
+            assert lines < 60, (node.name, lines)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=by_name)
+def test_no_closure_is_nested_three_deep(path):
+    def depth(node):
+        own = isinstance(node, ast.FunctionDef)
+        return own + max((depth(c) for c in ast.iter_child_nodes(node)), default=0)
+
+    assert depth(ast.parse(path.read_text())) <= 2
+
+
+PUBLIC = [
+    getattr(reversax, name)
+    for name in vars(reversax)
+    if not name.startswith("_") and hasattr(getattr(reversax, name), "__module__")
+]
+
+
+@pytest.mark.parametrize("obj", PUBLIC, ids=lambda obj: obj.__name__)
+def test_public_names_say_what_they_are(obj):
+    doc = inspect.getdoc(obj)
+    assert doc is not None
+    first_line = doc.splitlines()[0]
+    assert len(first_line) > 20
+    if isinstance(obj, type):
+        for name, method in vars(obj).items():
+            if inspect.isfunction(method) and not name.startswith("_"):
+                assert inspect.getdoc(getattr(obj, name)), f"{obj.__name__}.{name}"

@@ -1,0 +1,68 @@
+"""Memory does not grow with the number of steps; a record grows by two times a step."""
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import initial_states, network_arguments, network_field
+
+import reversax as rvx
+
+ARGS, Y0 = network_arguments(), initial_states(batch=64)
+
+
+def temporary_bytes(adjoint, max_steps, batching="batched", **kwargs):
+    def loss(args, y0, dt0):
+        solve = lambda y0: dfx.diffeqsolve(
+            dfx.ODETerm(network_field),
+            rvx.Reversible(dfx.Heun()),
+            0.0,
+            1.0,
+            dt0,
+            y0,
+            args,
+            adjoint=adjoint,
+            max_steps=max_steps,
+            **kwargs,
+        )
+        run = solve if batching == "batched" else jax.vmap(solve)
+        return jnp.sum(run(y0).ys ** 2)
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    compiled = gradient.lower(ARGS, Y0, jnp.asarray(1 / max_steps)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("batching", ["batched", "vmap"])
+def test_memory_is_the_same_for_64_and_16384_constant_steps(batching):
+    few, many = (
+        temporary_bytes(rvx.ReversibleAdjoint(), n, batching) for n in (64, 16_384)
+    )
+    assert abs(many - few) <= 0.02 * few, (few, many)
+
+
+def test_memory_is_the_same_for_many_saved_times_but_for_their_cotangents():
+    ts = jnp.linspace(0, 1, 5)
+    few, many = (
+        temporary_bytes(rvx.ReversibleAdjoint(), n, saveat=dfx.SaveAt(ts=ts))
+        for n in (64, 16_384)
+    )
+    assert abs(many - few) <= 0.02 * few, (few, many)
+
+
+def test_a_recording_controller_keeps_two_times_a_step_and_nothing_else():
+    controller = dfx.PIDController(rtol=1e-5, atol=1e-5)
+    few, many = (
+        temporary_bytes(rvx.ReversibleAdjoint(), n, stepsize_controller=controller)
+        for n in (64, 16_384)
+    )
+    two_times = 2 * (16_384 - 64) * 8
+    assert many - few <= 1.02 * two_times, (few, many, two_times)
+
+
+def test_checkpointing_grows_so_that_the_figures_above_mean_something():
+    few, many = (
+        temporary_bytes(dfx.RecursiveCheckpointAdjoint(checkpoints=n), n)
+        for n in (64, 1024)
+    )
+    assert many > 4 * few
