@@ -12,12 +12,13 @@ or by a "vmap" of the solve. Steps are "constant", or "adaptive": a PID controll
                `jax.checkpoint`ed steps: it stores every state, and takes each step
                once more backward. Steps that adapt it cannot take.
 
-Ratios are to "checkpoint". That one recomputes the more the longer the solve (its work
-is n log n in the number of steps n), so the ratios depend on the number of steps. The
+Ratios are to "checkpoint". By default that one keeps some sqrt(2 n) states of n steps,
+which makes four evaluations of each step in all, and a little less in short solves: the
+ratios depend on the number of steps, mostly through what a solve costs only once. The
 "difference" is the relative one of the whole gradient, again to "checkpoint":
 "reversible" is another scheme of the same order, so there it is of the size of the
-truncation errors, and for "scan" of round-off. Evaluations of the field are counted in
-a separate run of a narrow batched network.
+truncation errors (here below round-off), and for "scan" of round-off. Evaluations of
+the field are counted in a separate run of a narrow batched network.
 """
 
 import argparse
@@ -378,7 +379,7 @@ def main() -> None:
     options = parse_options()
     jax.config.update("jax_enable_compilation_cache", False)
     # Rich takes a file or a pipe to be 80 columns wide, less than the table needs.
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 128)
     about = circumstances(options)
     console.print(about)
     measured = {}

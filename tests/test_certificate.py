@@ -88,7 +88,7 @@ def gradient(lam, n, dtype=jnp.float64, tolerance=None, field=network_field, t1=
             ).ys
         )
 
-    return jax.jit(jax.grad(loss))(jax.tree.map(cast, ARGS))
+    return eqx.filter_jit(jax.grad(loss))(jax.tree.map(cast, ARGS))
 
 
 MESSAGE = (
@@ -165,7 +165,7 @@ def test_one_bad_lane_is_enough():
         )
 
     total = lambda args, rates: jnp.sum(jax.vmap(loss, (None, 0))(args, rates))
-    gradient_of_total = jax.jit(jax.grad(total))
+    gradient_of_total = eqx.filter_jit(jax.grad(total))
     healthy = gradient_of_total(ARGS, jnp.array([0.0, 0.1]))
     assert all(jnp.all(jnp.isfinite(g)) for g in healthy)
     with pytest.raises(eqx.EquinoxRuntimeError, match="did not find the initial state"):

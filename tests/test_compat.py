@@ -1,6 +1,7 @@
 """Canaries: what the package relies on of upstream that upstream does not promise."""
 
 import inspect
+from collections.abc import Callable
 
 import diffrax as dfx
 import equinox as eqx
@@ -14,26 +15,25 @@ from reversax import _compat, _guard
 class _Spy(dfx.AbstractAdjoint):
     """Hands on what `diffeqsolve` calls an adjoint with."""
 
-    seen: list
+    report: Callable = eqx.field(static=True)
 
     def loop(self, **kwargs):
-        self.seen.append(kwargs)
+        self.report(kwargs)
         return dfx.RecursiveCheckpointAdjoint().loop(**kwargs)
 
 
 @pytest.fixture
 def call():
     seen = []
-    with jax.disable_jit(False):
-        dfx.diffeqsolve(
-            dfx.ODETerm(lambda t, y, args: -y),
-            dfx.Euler(),
-            0.0,
-            1.0,
-            0.25,
-            jnp.array(1.0),
-            adjoint=_Spy(seen),
-        )
+    dfx.diffeqsolve(
+        dfx.ODETerm(lambda t, y, args: -y),
+        dfx.Euler(),
+        0.0,
+        1.0,
+        0.25,
+        jnp.array(1.0),
+        adjoint=_Spy(lambda kwargs: seen.append(kwargs)),
+    )
     return seen[0]
 
 
@@ -140,6 +140,6 @@ def test_the_guard_detaches_integers_too():
 
 def test_errors_at_run_time_are_of_this_class():
     with pytest.raises(eqx.EquinoxRuntimeError, match="second"):
-        jax.jit(
+        eqx.filter_jit(
             lambda x: eqx.branched_error_if(x, x > 0, jnp.array(1), ["first", "second"])
         )(jnp.array(1.0))

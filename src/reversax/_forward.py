@@ -54,11 +54,13 @@ class Setup(eqx.Module):
     def subs(self) -> list[dfx.SubSaveAt]:
         return _subs(self.saveat)
 
-    def save_states(self, state: Any) -> list:
+    @staticmethod
+    def save_states(state: Any) -> list:
         """Diffrax's record of saved outputs for each `SubSaveAt`, out of a state of
-        its loop or the cotangent of one."""
-        structure = jtu.tree_structure(self.saveat.subs, is_leaf=is_subsaveat)
-        return [x for x in structure.flatten_up_to(state.save_state) if x is not None]
+        its loop or the cotangent of one. (It has `None`s where `subs` has.)"""
+        is_save_state = lambda x: hasattr(x, "saveat_ts_index")
+        leaves = jtu.tree_leaves(state.save_state, is_leaf=is_save_state)
+        return [x for x in leaves if is_save_state(x)]
 
 
 def _is_none(x: Any) -> bool:

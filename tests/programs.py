@@ -1,0 +1,39 @@
+"""Solves to differentiate under both adjoints, for the tests of gradients."""
+
+import diffrax as dfx
+import jax
+from helpers import (
+    initial_states,
+    network_arguments,
+    network_field,
+    relative_difference,
+)
+
+import reversax as rvx
+
+OURS, DIRECT = rvx.ReversibleAdjoint(), dfx.RecursiveCheckpointAdjoint()
+SOLVER = rvx.Reversible(dfx.Heun())  # quick to compile
+ARGS, Y0 = network_arguments(), initial_states()
+PID = dfx.PIDController(rtol=1e-3, atol=1e-3)
+
+
+def solve(adjoint, y0=Y0, args=ARGS, field=network_field, **kwargs):
+    defaults = dict(
+        terms=dfx.ODETerm(field), solver=SOLVER, t0=0.0, t1=1.0, dt0=0.02, max_steps=128
+    )
+    return dfx.diffeqsolve(**(defaults | kwargs), y0=y0, args=args, adjoint=adjoint)
+
+
+def agree(loss, at, bound=1e-13):
+    """`loss(adjoint, x)` has the same value and gradient under both adjoints."""
+    of = lambda adjoint: jax.jit(jax.value_and_grad(lambda x: loss(adjoint, x)))(at)
+    (value, ours), (expected, direct) = of(OURS), of(DIRECT)
+    assert abs(value - expected) <= bound * max(1.0, abs(expected))
+    difference = relative_difference(ours, direct)
+    assert difference <= bound, difference
+
+
+CONTROLLED = {
+    "constant": dict(),
+    "pid": dict(stepsize_controller=PID, dt0=None),
+}
