@@ -14,11 +14,10 @@ or by a "vmap" of the solve. Steps are "constant", or "adaptive": a PID controll
 
 Ratios are to "checkpoint". By default that one keeps some sqrt(2 n) states of n steps,
 which makes four evaluations of each step in all, and a little less in short solves: the
-ratios depend on the number of steps, mostly through what a solve costs only once. The
+ratios depend on the number of steps mostly through what a solve costs only once. The
 "difference" is the relative one of the whole gradient, again to "checkpoint":
-"reversible" is another scheme of the same order, so there it is of the size of the
-truncation errors (here below round-off), and for "scan" of round-off. Evaluations of
-the field are counted in a separate run of a narrow batched network.
+for "scan" it is round-off; "reversible" is another scheme of the same order, which
+adds truncation errors. Evaluations are counted in a separate run of a narrow network.
 """
 
 import argparse

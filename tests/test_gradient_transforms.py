@@ -67,8 +67,7 @@ def test_gradients_of_each_lane_and_of_their_sum(controlled):
     assert relative_difference(lanes(OURS), lanes(DIRECT)) <= 1e-10
     alone = jax.jit(jax.grad(lambda *x: loss(OURS, *x), (0, 1, 2)))
     one_by_one = [
-        alone(ARGS, y0, speed)
-        for y0, speed in zip(states, speeds, strict=True)
+        alone(ARGS, y0, speed) for y0, speed in zip(states, speeds, strict=True)
     ]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *one_by_one)
     assert relative_difference(lanes(OURS), stacked) <= 1e-10

@@ -6,6 +6,7 @@ where the steps are not yet small enough.
 """
 
 import functools as ft
+from typing import Any
 
 import diffrax as dfx
 import jax
@@ -58,7 +59,7 @@ TS = jnp.array([0.111, 0.4567, 1.0321, 1.7776, 2.3453, 2.9191])
 
 
 @ft.cache
-def reference(problem):
+def reference(problem) -> Any:
     field, y0 = PROBLEMS[problem]
     return dfx.diffeqsolve(
         dfx.ODETerm(field),
