@@ -5,126 +5,169 @@ the steps. Backward it walks the steps in reverse, `_backward.py`, and checks th
 arrives where the solve began, `_certificate.py`.
 """
 
+import functools as ft
+
 import diffrax as dfx
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, PyTree
 
-from ._backward import Carry, StepBack, largest_of_pair, walk_back, wide
-from ._certificate import certify
+from ._backward import Carry, Lane, Walk, make_lane, sum_over_lanes, walk_back, wide
+from ._certificate import certificate
 from ._coupling import Pair
 from ._forward import CALL, Setup, run, set_up
 from ._guard import detached, forward_only, reverse_only
-from ._observe import Observation
-from ._tape import AbstractTape, Index
+from ._lanes import Axes, batch_aware
+from ._observe import add_trees
+from ._tape import Index, RecordedTape
 
 
 class _Residuals(eqx.Module):
     """What the backward pass needs of the forward pass."""
 
     pair: Pair
-    tape: AbstractTape
+    tape: RecordedTape | None
+    """`None` where the times are prescribed: they follow from the setup."""
     num_steps: Index
     num_ts: list[Index]
     t_final: Array
+    ys: list[PyTree[jax.ShapeDtypeStruct]]
 
 
-def _materialise(like: PyTree[Array], ct: PyTree) -> PyTree[Array]:
+def _materialise(like: PyTree, ct: PyTree) -> PyTree[Array]:
     """Zeros for symbolic zeros; `None` for what has no cotangent."""
 
     def leaf(x, ct):
-        if not eqx.is_inexact_array(x):
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
             return None
-        return jnp.zeros_like(x) if ct is None else ct
+        return jnp.zeros(x.shape, x.dtype) if ct is None else ct
 
     return jtu.tree_map(leaf, like, ct)
 
 
+def _run(parts, setup: Setup, axes: Axes | None):
+    """`run`, or `run` for each lane."""
+    if axes is None:
+        return run(parts, setup)
+    vmapped = eqx.filter_vmap(run, in_axes=axes.in_axes, axis_name=axes.name)
+    return vmapped(parts, setup)
+
+
 @eqx.filter_custom_vjp
-def _solve(parts, *, setup: Setup):
-    final_state, aux_stats, _ = run(parts, setup)
+def _solve(parts, *, setup: Setup, axes: Axes | None):
+    final_state, aux_stats, _ = _run(parts, setup, axes)
     return final_state, aux_stats
 
 
 @_solve.def_fwd
-def _solve_fwd(perturbed, parts, *, setup: Setup):
+def _solve_fwd(perturbed, parts, *, setup: Setup, axes: Axes | None):
     del perturbed
-    final_state, aux_stats, tape = run(parts, setup)
+    final_state, aux_stats, tape = _run(parts, setup, axes)
     save_states = setup.save_states(final_state)
+    describe = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     residuals = _Residuals(
         pair=final_state.solver_state,
         tape=tape,
         num_steps=jnp.asarray(final_state.num_accepted_steps),
         num_ts=[jnp.asarray(s.saveat_ts_index) for s in save_states],
         t_final=final_state.tprev,
+        ys=jtu.tree_map(describe, [s.ys for s in save_states]),
     )
     return (final_state, aux_stats), residuals
 
 
 @_solve.def_bwd
-def _solve_bwd(residuals: _Residuals, ct_out, perturbed, parts, *, setup: Setup):
-    pair0, *_ = parts
+def _solve_bwd(residuals, ct_out, perturbed, parts, *, setup: Setup, axes: Axes | None):
     # Of the outputs only `ys` and the solver's state depend on what is differentiated:
     # times and step sizes do not, since Diffrax's controllers stop the gradient there.
     ct_final_state, _ = ct_out
-    saved = zip(
-        setup.subs,
-        setup.save_states(setup.init_state),
-        setup.save_states(ct_final_state),
-        strict=True,
-    )
-    observations = [
-        Observation(sub, _materialise(state.ys, ct.ys)) for sub, state, ct in saved
-    ]
-    diff, nondiff = eqx.partition(parts[1:], perturbed[1:])
-    step_back = StepBack(
-        scheme=setup.scheme,
-        tape=residuals.tape,
-        t0=setup.t0,
-        base_interpolation_cls=setup.base_interpolation_cls,
-        dense=setup.dense,
-        observations=observations,
-        diff=diff,
-        nondiff=nondiff,
-    )
+    ct_ys = [ct.ys for ct in setup.save_states(ct_final_state)]
+    ct_ys = [_materialise(x, ct) for x, ct in zip(residuals.ys, ct_ys, strict=True)]
+    walk = _walk(residuals, ct_ys, perturbed, parts, setup, axes)
+    pair0 = _in_each_lane(parts[0], residuals, axes)
     ct_pair = _materialise(residuals.pair, ct_final_state.solver_state)
-    first = _first_carry(step_back, residuals, pair0, ct_pair)
-    last = walk_back(step_back, first)
-    ct_pair, ct_parameters = step_back.pull_outputs_at_start(last, setup.t0 == setup.t1)
-    ct_parameters = jtu.tree_map(lambda d, ct: ct.astype(d.dtype), diff, ct_parameters)
-    gradient = certify(
-        (ct_pair, *ct_parameters),
-        setup.scheme,
-        reconstructed=last.pair,
-        true=pair0,
-        scale=last.scale,
-        tolerance=setup.round_trip_tolerance,
-        overflowed=_not_finite(residuals.pair),
-        throw=setup.throw,
+    carry = walk_back(walk, _first_carry(walk, residuals, pair0, ct_pair))
+
+    ct_fns, ct_pair = walk.each(Lane.pull_at_start, carry.pair, carry.num_ts)
+    ct_pair = add_trees(carry.ct_pair, ct_pair)
+    ct_increment, ct_fns_before = carry.ct_parameters
+    ct = ct_pair, ct_increment, walk.add_fns(ct_fns_before, ct_fns)
+    check = ft.partial(certificate, setup.round_trip_tolerance, setup.throw)
+    zeros = walk.each(check, carry.pair, pair0, carry.scale, residuals.pair)
+    return jtu.tree_map(forward_only, _finish(ct, zeros, parts, axes))
+
+
+def _walk(residuals, ct_ys, perturbed, parts, setup: Setup, axes: Axes | None) -> Walk:
+    lane = make_lane(
+        parts[1:], setup, residuals.tape, ct_ys, setup.t0 == setup.t1, perturbed[1:]
     )
-    return jtu.tree_map(forward_only, gradient)
+    if axes is None:
+        return Walk(lane, None, None)
+    # Made in the same way of the axes of the same things.
+    axes_parts, axes_setup = axes.in_axes
+    all_batched = lambda tree: jtu.tree_map(lambda _: 0, tree)
+    shared_times = axes_setup.t0 is None and axes_setup.t1 is None
+    axes_lane = make_lane(
+        axes_parts[1:],
+        axes_setup,
+        all_batched(residuals.tape),
+        all_batched(ct_ys),
+        None if shared_times else 0,
+        perturbed[1:],
+    )
+    return Walk(lane, axes_lane, axes.name)
 
 
-def _not_finite(pair: Pair) -> Bool[Array, ""]:
-    leaves = [x for x in jtu.tree_leaves(pair) if eqx.is_inexact_array(x)]
-    return ~jnp.stack([jnp.array(True), *(jnp.isfinite(x).all() for x in leaves)]).all()
+def _in_each_lane(pair0: Pair, residuals: _Residuals, axes: Axes | None) -> Pair:
+    """The initial pair, copied into each lane if they all share it."""
+    if axes is None:
+        return pair0
+    like = lambda x, shape: jnp.broadcast_to(x, shape)
+    shapes = jtu.tree_map(lambda x: x.shape, residuals.pair)
+    return jtu.tree_map(like, pair0, shapes)
 
 
 def _first_carry(
-    step_back: StepBack, residuals: _Residuals, pair0: Pair, ct_pair: Pair
+    walk: Walk, residuals: _Residuals, pair0: Pair, ct_pair: Pair
 ) -> Carry:
     """Where the walk begins: at the end, with what was saved there pulled back."""
-    sizes = [largest_of_pair(step_back.scheme, p) for p in (pair0, residuals.pair)]
-    carry = Carry(
+    sizes = [walk.each(Lane.size, pair) for pair in (pair0, residuals.pair)]
+    ct_fns, ct_saved = walk.each(
+        Lane.pull_at_end,
+        residuals.pair,
+        residuals.num_ts,
+        residuals.num_steps,
+        residuals.t_final,
+    )
+    zeros = jtu.tree_map(lambda x: wide(jnp.zeros_like(x)), walk.lane.diff)
+    ct_increment, ct_fns_before = zeros
+    return Carry(
         num_steps=residuals.num_steps,
         pair=residuals.pair,
-        ct_pair=ct_pair,
-        ct_parameters=jtu.tree_map(lambda x: wide(jnp.zeros_like(x)), step_back.diff),
+        ct_pair=add_trees(ct_pair, ct_saved),
+        ct_parameters=(ct_increment, walk.add_fns(ct_fns_before, ct_fns)),
         num_ts=residuals.num_ts,
         scale=jtu.tree_map(jnp.maximum, *sizes),
     )
-    return step_back.pull_outputs_at_end(carry, residuals.t_final)
+
+
+def _finish(ct, zeros: Array, parts, axes: Axes | None):
+    """The cotangents of `parts`, each hung on the certificate's zero of its lane."""
+    axes_parts = jtu.tree_map(lambda _: None, parts)
+    if axes is not None:
+        axes_parts, _ = axes.in_axes
+        ct_pair, *ct_parameters = ct
+        ct = (sum_over_lanes(ct_pair, axes_parts[0]), *ct_parameters)
+
+    def leaf(x, axis, ct):
+        if ct is None:
+            return None
+        zero = zeros.sum() if axis is None else zeros.reshape(-1, *[1] * (ct.ndim - 1))
+        return (ct + zero).astype(x.dtype)
+
+    return jtu.tree_map(leaf, parts, axes_parts, ct)
 
 
 class ReversibleAdjoint(dfx.AbstractAdjoint):
@@ -169,11 +212,11 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
         throw,
         passed_solver_state,
         passed_controller_state,
-        **solve,
+        **problem,
     ):
         del passed_controller_state
         parts, setup = set_up(
-            **solve,
+            **problem,
             call=CALL,
             throw=throw,
             passed_solver_state=passed_solver_state,
@@ -181,7 +224,10 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
         )
         inexact, rest = eqx.partition(parts, eqx.is_inexact_array)
         parts = eqx.combine(jtu.tree_map(reverse_only, inexact), rest)
-        final_state, aux_stats = _solve(parts, setup=setup)
+        solve_in_lanes = lambda parts, setup, axes: _solve(
+            parts, setup=setup, axes=axes
+        )
+        final_state, aux_stats = batch_aware(solve_in_lanes)(parts, setup)
         where = lambda s: [s.solver_state, *(x.ys for x in setup.save_states(s))]
         arrays, rest = eqx.partition(final_state, eqx.is_array)
         constant = eqx.combine(jtu.tree_map(detached, arrays), rest)

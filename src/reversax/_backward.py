@@ -16,7 +16,8 @@ the two ends of a step before (T2) and after (TC), those of the interpolant also
 the increment's in (T1).
 """
 
-from collections.abc import Callable, Iterable
+import functools as ft
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import equinox as eqx
@@ -27,10 +28,11 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ._coupling import Pair
+from ._forward import Setup, tape_of
 from ._increment import AbstractIncrement, State, Time
 from ._observe import Observation, add_trees, zeros_like_inexact
 from ._pair import Scheme, StepEnds, undo_step
-from ._tape import AbstractTape, Index
+from ._tape import AbstractTape, Index, RecordedTape
 
 Scale = PyTree[Float[Array, ""]]
 
@@ -87,123 +89,78 @@ class _Differentiated:
         return self.increment
 
 
-class StepBack(eqx.Module):
-    """One step of the walk.
+class Lane(eqx.Module):
+    """What the walk needs to know of one solve, and what it does lane by lane.
 
-    The parameters, the increment and the saved functions, come in two
-    pieces: what is differentiated and the rest, to be joined by `equinox.combine`.
+    The parameters, the increment and the saved functions, come in two pieces: what is
+    differentiated and the rest, to be joined by `equinox.combine`. Cotangents of the
+    saved functions are lists with one entry for each observation.
     """
 
     scheme: Scheme
     tape: AbstractTape
     t0: Time
+    trivial: Bool[Array, ""]
+    """Whether `t0 == t1`."""
     base_interpolation_cls: Callable = eqx.field(static=True)
     dense: bool = eqx.field(static=True)
     observations: list[Observation]
     diff: tuple[AbstractIncrement, list[Callable]]
     nondiff: tuple[AbstractIncrement, list[Callable]]
 
+    def last_of(self, num_steps: Index) -> tuple[Index, Time, Time]:
+        return self.tape.last_of(num_steps, self.t0)
+
+    def size(self, pair: Pair) -> Scale:
+        return largest_of_pair(self.scheme, pair)
+
     def pull_readout(self, ct_readout: State, pair: Pair) -> Pair:
         """The cotangent of a pair from that of its readout."""
         decoded = self.scheme.decode(pair)
         return jax.vjp(self.scheme.coupling.readout, decoded)[1](ct_readout)[0]
 
-    def pull_outputs_at_end(self, carry: Carry, t_final: Time) -> Carry:
-        """Adds the cotangents of what was saved after the last step."""
-        readout = self.scheme.readout(carry.pair)
-        pulled = [
-            observation.pull_final(fn, t_final, readout, num_ts, carry.num_steps)
-            for observation, fn, num_ts in self._observed(carry.num_ts)
-        ]
-        ct_pair, ct_parameters = self._add_pulled(carry, pulled)
-        where = lambda c: (c.ct_pair, c.ct_parameters)
-        return eqx.tree_at(where, carry, (ct_pair, ct_parameters))
+    def pull_mix(self, ct_mixed: Pair, pair0: Pair) -> Pair:
+        """(TC)."""
+        decoded = self.scheme.decode(pair0)
+        return jax.vjp(self.scheme.coupling.mix, decoded)[1](ct_mixed)[0]
 
-    def pull_outputs_at_start(
-        self, carry: Carry, trivial: Bool[Array, ""]
-    ) -> tuple[Pair, PyTree[Array]]:
-        """The cotangents of the initial pair and the parameters, with those of what
-        was saved before the first step. In a trivial solve there are no steps."""
-        readout = self.scheme.readout(carry.pair)
-        pulled = [
-            observation.pull_initial(fn, self.t0, readout, trivial)
-            for observation, fn, _ in self._observed(carry.num_ts)
-        ]
-        return self._add_pulled(carry, pulled)
+    def ends(self, pair0: Pair, pair1: Pair, z, increment, dense_info) -> StepEnds:
+        readout0, readout1 = self.scheme.readout(pair0), self.scheme.readout(pair1)
+        return StepEnds(readout0, readout1, z, increment, dense_info)
 
     def _observed(self, num_ts: list[Index]) -> Iterable:
         _, fns = eqx.combine(self.diff, self.nondiff)
         return zip(self.observations, fns, num_ts, strict=True)
 
-    def _add_pulled(self, carry: Carry, pulled: list) -> tuple[Pair, PyTree[Array]]:
-        ct_pair, (ct_increment, ct_fns) = carry.ct_pair, carry.ct_parameters
+    def _add_readouts(self, pair: Pair, pulled: list) -> tuple[list[PyTree], Pair]:
+        ct_pair = zeros_like_inexact(pair)
         for _, ct_readout in pulled:
-            ct_pair = add_trees(ct_pair, self.pull_readout(ct_readout, carry.pair))
-        ct_fns = self._add_fns(ct_fns, [ct_fn for ct_fn, _ in pulled])
-        return ct_pair, (ct_increment, ct_fns)
+            ct_pair = add_trees(ct_pair, self.pull_readout(ct_readout, pair))
+        return [ct_fn for ct_fn, _ in pulled], ct_pair
 
-    def _add_fns(self, ct_fns: list[PyTree], new: list[PyTree]) -> list[PyTree]:
-        """Adds cotangents of the saved functions, of those leaves that have any."""
-        _, diff_fns = self.diff
-        return [
-            add_trees(ct, eqx.filter(more, only_where(diff)))
-            for ct, more, diff in zip(ct_fns, new, diff_fns, strict=True)
+    def pull_at_end(
+        self, pair: Pair, num_ts: list[Index], num_steps: Index, t_final: Time
+    ) -> tuple[list[PyTree], Pair]:
+        """Pulls back what was saved after the last step: to `fn`s and final pair."""
+        readout = self.scheme.readout(pair)
+        pulled = [
+            observation.pull_final(fn, t_final, readout, j, num_steps)
+            for observation, fn, j in self._observed(num_ts)
         ]
+        return self._add_readouts(pair, pulled)
 
-    def __call__(self, carry: Carry) -> Carry:
-        index, t0, t1 = self.tape.last_of(carry.num_steps, self.t0)
-        diff_increment, _ = self.diff
-        nondiff_increment, _ = self.nondiff
+    def pull_at_start(
+        self, pair: Pair, num_ts: list[Index]
+    ) -> tuple[list[PyTree], Pair]:
+        """Pulls back what was saved before the first step: to `fn`s and first pair."""
+        readout = self.scheme.readout(pair)
+        pulled = [
+            observation.pull_initial(fn, self.t0, readout, self.trivial)
+            for observation, fn, _ in self._observed(num_ts)
+        ]
+        return self._add_readouts(pair, pulled)
 
-        def psi_forward(p, z):
-            increment = eqx.combine(p, nondiff_increment)
-            out = increment(t0, t1, z, error=False, dense=self.dense)
-            return out.increment, out.dense_info
-
-        def psi_backward(p, y):
-            increment = eqx.combine(p, nondiff_increment)
-            return increment(t1, t0, y, error=False, dense=False).increment, None
-
-        forward = _Differentiated(psi_forward, diff_increment)
-        backward = _Differentiated(psi_backward, diff_increment)
-        pair0 = undo_step(self.scheme, carry.pair, forward, backward)  # (B2, B1, BC)
-
-        readout0, readout1 = self.scheme.readout(pair0), self.scheme.readout(carry.pair)
-        ends = StepEnds(
-            readout0,
-            readout1,
-            forward.argument,
-            forward.increment,
-            forward.dense_info,
-        )
-        num_ts, ct_fns, ct_ends = self._pull_outputs(carry.num_ts, index, t0, t1, ends)
-
-        ct = add_trees(carry.ct_pair, self.pull_readout(ct_ends.readout1, carry.pair))
-        negative_ct_z = jtu.tree_map(jnp.negative, ct.z)
-        ct_p_backward, ct_y = backward.pull((negative_ct_z, None))
-        ct_y = add_trees(ct.y, ct_y)  # (T2)
-        ct_increment = add_trees(ct_y, ct_ends.increment)
-        ct_p_forward, ct_z = forward.pull((ct_increment, ct_ends.base_dense_info))
-        ct_z = add_trees(ct.z, add_trees(ct_z, ct_ends.z))  # (T1)
-        mixed = self.scheme.decode(pair0)
-        _, pull_mix = jax.vjp(self.scheme.coupling.mix, mixed)
-        (ct,) = pull_mix(Pair(ct_y, ct_z))  # (TC)
-        ct = add_trees(ct, self.pull_readout(ct_ends.readout0, pair0))
-
-        ct_parameters, ct_fns_total = carry.ct_parameters
-        for ct_p in (ct_p_backward, ct_p_forward):
-            ct_parameters = add_trees(ct_parameters, ct_p)
-        scale = largest_of_pair(self.scheme, pair0)
-        return Carry(
-            carry.num_steps - 1,
-            pair0,
-            ct,
-            (ct_parameters, self._add_fns(ct_fns_total, ct_fns)),
-            num_ts,
-            jtu.tree_map(jnp.maximum, carry.scale, scale),
-        )
-
-    def _pull_outputs(
+    def pull_outputs(
         self, num_ts: list[Index], index: Index, t0: Time, t1: Time, ends: StepEnds
     ) -> tuple[list[Index], list[PyTree], StepEnds]:
         """Pulls back all that was saved during a step."""
@@ -226,14 +183,135 @@ class StepBack(eqx.Module):
         return num_ts_before, ct_fns, ct_ends_total
 
 
+def make_lane(
+    parameters: tuple[AbstractIncrement, list[Callable]],
+    setup: Setup,
+    recorded: RecordedTape | None,
+    ct_ys: list[PyTree],
+    trivial: Any,
+    perturbed: PyTree[bool],
+) -> Lane:
+    """The lane of one solve; or, given the axes of these things, the axes of a lane."""
+    diff, nondiff = eqx.partition(parameters, perturbed)
+    return Lane(
+        scheme=setup.scheme,
+        tape=tape_of(setup, recorded),
+        t0=setup.t0,
+        trivial=trivial,
+        base_interpolation_cls=setup.base_interpolation_cls,
+        dense=setup.dense,
+        observations=[
+            Observation(sub, ct) for sub, ct in zip(setup.subs, ct_ys, strict=True)
+        ],
+        diff=diff,
+        nondiff=nondiff,
+    )
+
+
+class Walk(eqx.Module):
+    """The walk back over the steps of one solve, or of all lanes of a batch at once.
+
+    With lanes every array but the cotangents of shared parameters has a leading axis.
+    Increments are pulled back for all lanes together, which sums over them. A lane that
+    has undone all its steps keeps what it has.
+    """
+
+    lane: Lane
+    axes: Lane | None
+    """Which leaves of `lane` have an axis of lanes; `None` without lanes."""
+    axis_name: Hashable = eqx.field(static=True)
+
+    def each(self, fn: Callable, *args) -> Any:
+        """`fn(lane, *args)`, lane by lane."""
+        if self.axes is None:
+            return fn(self.lane, *args)
+        in_axes = (self.axes, *[eqx.if_array(0)] * len(args))
+        vmapped = eqx.filter_vmap(fn, in_axes=in_axes, axis_name=self.axis_name)
+        return vmapped(self.lane, *args)
+
+    def _keep_if_done(self, num_steps: Index, new: PyTree, old: PyTree) -> PyTree:
+        if self.axes is None:
+            return new
+        choose = lambda _, n, a, b: jtu.tree_map(
+            lambda x, y: jnp.where(n > 0, x, y), a, b
+        )
+        return self.each(choose, num_steps, new, old)
+
+    def _psi(self, t0: Time, t1: Time, dense: bool) -> Callable:
+        """`Psi_{t1 - t0}(t0, .)` of the differentiated parameters and a state."""
+        nondiff, _ = self.lane.nondiff
+
+        def one(p, q, t0, t1, y):
+            out = eqx.combine(p, q)(t0, t1, y, error=False, dense=dense)
+            return out.increment, out.dense_info
+
+        if self.axes is not None:
+            in_axes = (self.axes.diff[0], self.axes.nondiff[0], 0, 0, eqx.if_array(0))
+            one = eqx.filter_vmap(one, in_axes=in_axes, axis_name=self.axis_name)
+        return lambda p, y: one(p, nondiff, t0, t1, y)
+
+    def add_fns(self, ct_fns: list[PyTree], new: list[PyTree]) -> list[PyTree]:
+        """Adds cotangents of the saved functions, of those leaves that have any."""
+        _, diff_fns = self.lane.diff
+        new = [
+            eqx.filter(ct, only_where(diff))
+            for ct, diff in zip(new, diff_fns, strict=True)
+        ]
+        if self.axes is not None:
+            new = sum_over_lanes(new, self.axes.diff[1])
+        return add_trees(ct_fns, new)
+
+    def __call__(self, carry: Carry) -> Carry:
+        scheme, (diff_increment, _) = self.lane.scheme, self.lane.diff
+        if_active = ft.partial(self._keep_if_done, carry.num_steps)
+        index, t0, t1 = self.each(Lane.last_of, carry.num_steps)
+        forward = _Differentiated(self._psi(t0, t1, self.lane.dense), diff_increment)
+        backward = _Differentiated(self._psi(t1, t0, False), diff_increment)
+        pair0 = undo_step(scheme, carry.pair, forward, backward)  # (B2, B1, BC)
+
+        values = forward.argument, forward.increment, forward.dense_info
+        ends = self.each(Lane.ends, pair0, carry.pair, *values)
+        num_ts, *ct_outputs = self.each(
+            Lane.pull_outputs, carry.num_ts, index, t0, t1, ends
+        )
+        nothing = zeros_like_inexact((ct_outputs, carry.ct_pair))
+        (ct_fns, ct_ends), ct = if_active((ct_outputs, carry.ct_pair), nothing)
+
+        ct = add_trees(ct, self.each(Lane.pull_readout, ct_ends.readout1, carry.pair))
+        ct_p_backward, ct_y = backward.pull((jtu.tree_map(jnp.negative, ct.z), None))
+        ct_y = add_trees(ct.y, ct_y)  # (T2)
+        ct_increment = add_trees(ct_y, ct_ends.increment)
+        ct_p_forward, ct_z = forward.pull((ct_increment, ct_ends.base_dense_info))
+        ct_z = add_trees(ct.z, add_trees(ct_z, ct_ends.z))  # (T1)
+        ct = self.each(Lane.pull_mix, Pair(ct_y, ct_z), pair0)  # (TC)
+        ct = add_trees(ct, self.each(Lane.pull_readout, ct_ends.readout0, pair0))
+
+        ct_parameters, ct_fns_total = carry.ct_parameters
+        for ct_p in (ct_p_backward, ct_p_forward):
+            ct_parameters = add_trees(ct_parameters, ct_p)
+        scale = jtu.tree_map(jnp.maximum, carry.scale, self.each(Lane.size, pair0))
+        old = carry.pair, carry.ct_pair, carry.num_ts, carry.scale
+        pair, ct_pair, num_ts, scale = if_active((pair0, ct, num_ts, scale), old)
+        num_steps = jnp.maximum(carry.num_steps - 1, 0)
+        ct_parameters = (ct_parameters, self.add_fns(ct_fns_total, ct_fns))
+        return Carry(num_steps, pair, ct_pair, ct_parameters, num_ts, scale)
+
+
+def sum_over_lanes(ct: PyTree[Array], axes: PyTree[int | None]) -> PyTree[Array]:
+    """Sums the cotangents of those leaves that all lanes share."""
+    is_none = lambda x: x is None
+    leaf = lambda a, x: x.sum(axis=0) if a is None and x is not None else x
+    return jtu.tree_map(leaf, axes, ct, is_leaf=is_none)
+
+
 def only_where(tree: PyTree) -> PyTree[bool]:
     """A filter for the leaves that `tree` has, where it may have `None`."""
     return jtu.tree_map(lambda x: x is not None, tree, is_leaf=lambda x: x is None)
 
 
-def walk_back(step_back: StepBack, carry: Carry) -> Carry:
+def walk_back(walk: Walk, carry: Carry) -> Carry:
     """Undoes all the steps, accumulating cotangents."""
-    return lax.while_loop(lambda c: c.num_steps > 0, lambda c: step_back(c), carry)
+    return lax.while_loop(lambda c: jnp.any(c.num_steps > 0), lambda c: walk(c), carry)
 
 
 def walk_back_without_cotangents(

@@ -24,9 +24,9 @@ from collections.abc import Sequence
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Float
 
-from ._backward import Scale, largest
+from ._backward import Lane, Scale, largest
 from ._coupling import Pair
 from ._pair import Scheme
 
@@ -91,40 +91,35 @@ def _messages(tolerance: float | None) -> list[str]:
     return [subject + size for size in [*sizes, not_finite]]
 
 
-def certify(
-    gradient: PyTree[Array],
-    scheme: Scheme,
+def certificate(
+    tolerance: float | None,
+    throw: bool,
+    lane: Lane,
     reconstructed: Pair,
     true: Pair,
     scale: Scale,
-    tolerance: float | None,
-    overflowed: Bool[Array, ""],
-    throw: bool,
-) -> PyTree[Array]:
-    """Returns `gradient`, or raises if the round trip (E) exceeds the tolerance.
+    final: Pair,
+) -> Float[Array, ""]:
+    """A zero to add to the gradient; getting it raises if (E) exceeds the tolerance.
 
-    `overflowed` says whether the solve itself did. With `throw=False`, by which users
-    ask to look at failures themselves, the gradient is then NaN instead.
+    If the solve itself overflowed, so that the `final` pair is not finite, and
+    `throw=False`, by which users ask to look at failures themselves, it is NaN instead.
+    A zero that every leaf of the gradient depends on: any of them may go unused, and
+    passing them all through the check would copy them.
     """
-    if tolerance == math.inf:
-        return gradient
-    sizes = relative_size(round_trip(scheme, reconstructed, true), scale)
-    if len(sizes) == 0:
-        return gradient
-    bounds = [
-        default_tolerance(x.dtype) if tolerance is None else tolerance for x in sizes
-    ]
-    # Phrased so that NaN fails.
-    failed = ~jnp.stack([x <= b for x, b in zip(sizes, bounds, strict=True)]).all()
-    index = _message_index(sizes)
-    if not throw:
-        failed = failed & ~overflowed
-    # Hung on a zero that every leaf depends on: any of them may go unused, and passing
-    # them all through the check would copy them.
     zero = jnp.zeros((), jnp.float32)
+    sizes = relative_size(round_trip(lane.scheme, reconstructed, true), scale)
+    if tolerance == math.inf or len(sizes) == 0:
+        return zero
+    bound = lambda x: default_tolerance(x.dtype) if tolerance is None else tolerance
+    # Phrased so that NaN fails.
+    failed = ~jnp.stack([x <= bound(x) for x in sizes]).all()
+    finite = jnp.stack([jnp.isfinite(x).all() for x in jtu.tree_leaves(final)]).all()
+    if not throw:
+        failed = failed & finite
+    index = _message_index(sizes)
     zero = eqx.branched_error_if(zero, failed, index, _messages(tolerance))
-    zero = jnp.where(overflowed, jnp.nan, zero)
-    return jtu.tree_map(lambda x: x + zero.astype(x.dtype), gradient)
+    return jnp.where(finite, zero, jnp.nan)
 
 
 def _message_index(sizes: Sequence[Float[Array, ""]]) -> Array:

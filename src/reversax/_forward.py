@@ -6,7 +6,7 @@ that these, with the initial pair, are the inputs of one function, `run`.
 """
 
 import functools as ft
-from typing import Any
+from typing import Any, cast
 
 import diffrax as dfx
 import equinox as eqx
@@ -22,6 +22,7 @@ from ._solver import ClosedSolver, Reversible, check_problem
 from ._tape import (
     AbstractTape,
     PrescribedTape,
+    RecordedTape,
     Recorder,
     prescribes_times,
     recording_while_loop,
@@ -192,8 +193,9 @@ def _save_with(fn):
     return lambda t, y, args: fn(t, y)
 
 
-def run(parts, setup: Setup) -> tuple[Any, dict, AbstractTape]:
-    """Solves forward in Diffrax's loop. The final pair is the final solver state."""
+def run(parts, setup: Setup) -> tuple[Any, dict, RecordedTape | None]:
+    """Solves forward in Diffrax's loop. The final pair is the final solver state, and
+    the times are returned if they had to be recorded."""
     pair0, increment, fns = parts
     recorded = not prescribes_times(setup.controller)
     solver = ClosedSolver(
@@ -236,15 +238,23 @@ def run(parts, setup: Setup) -> tuple[Any, dict, AbstractTape]:
         outer_while_loop=recording_while_loop,
         progress_meter=setup.progress_meter,
     )
+    recorded_tape = None
     if isinstance(controller, Recorder):
-        tape = final_state.controller_state.tape
+        recorded_tape = final_state.controller_state.tape
         final_state = eqx.tree_at(
             lambda s: s.controller_state,
             final_state,
             final_state.controller_state.inner,
             is_leaf=_is_none,
         )
-    else:
-        first_end = setup.init_state.tnext
-        tape = PrescribedTape(controller, first_state, setup.t0, setup.t1, first_end)
-    return final_state, aux_stats, tape
+    return final_state, aux_stats, recorded_tape
+
+
+def tape_of(setup: Setup, recorded: RecordedTape | None) -> AbstractTape:
+    """The times of the steps, recorded or prescribed by the controller."""
+    if recorded is not None:
+        return recorded
+    init, controller = setup.init_state, cast(Any, setup.controller)
+    return PrescribedTape(
+        controller, init.controller_state, setup.t0, setup.t1, init.tnext
+    )

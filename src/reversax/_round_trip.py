@@ -9,7 +9,7 @@ from ._backward import walk_back_without_cotangents
 from ._certificate import round_trip
 from ._compat import nondifferentiable
 from ._coupling import Pair
-from ._forward import run, set_up
+from ._forward import run, set_up, tape_of
 from ._increment import State
 
 _CALL = "`reversax.round_trip_error(...)`"
@@ -42,12 +42,12 @@ class _ThereAndBack(dfx.AbstractAdjoint):
             round_trip_tolerance=None,
         )
         pair0, increment = nondifferentiable((pair0, increment), msg=_NO_DERIVATIVE)
-        final_state, aux_stats, tape = run((pair0, increment, fns), setup)
+        final_state, aux_stats, recorded = run((pair0, increment, fns), setup)
         num_steps = final_state.num_accepted_steps
         reconstructed = walk_back_without_cotangents(
             setup.scheme,
             increment,
-            tape,
+            tape_of(setup, recorded),
             setup.t0,
             final_state.solver_state,
             num_steps,

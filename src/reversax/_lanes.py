@@ -1,0 +1,122 @@
+"""A function that is told when it is batched before it is differentiated.
+
+`jax.vmap` of a custom derivative rule runs the backward rule once per lane: a parameter
+that all lanes share gets a cotangent in every lane, and only at the very end are these
+summed. A backward rule that walks over thousands of steps would carry them all along,
+as many copies of the parameters as there are lanes.
+
+`batch_aware` puts a primitive around such a function. If the primitive meets `vmap`
+before differentiation, as in the gradient of a sum over lanes, the function is called
+again with the axes of its arguments, and can sum over the lanes where that is cheapest.
+Met by differentiation first, as in the gradient of each lane, it is called plainly.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import PyTree
+
+
+class Axes(NamedTuple):
+    """How the arguments of a batched call are batched."""
+
+    in_axes: tuple[PyTree[int | None], ...]
+    """For each argument a tree of 0, for a leaf with a leading axis of lanes, and
+    `None`, for one that all lanes share."""
+    name: Hashable
+    """The name of the axis, for collectives."""
+
+
+class _Call:
+    """A function of arrays, with the rest of its arguments fixed.
+
+    The same only as itself, which is how JAX compares the parameters of primitives.
+    """
+
+    def __init__(self, fn: Callable, treedef: Any, rest: PyTree):
+        self.fn = fn
+        self.treedef = treedef
+        self.rest = rest
+        self.unflatten: Callable | None = None
+
+    def __call__(self, *flat, dims=None, name=None):
+        args = eqx.combine(self.treedef.unflatten(flat), self.rest)
+        axes = None if dims is None else Axes(self.treedef.unflatten(dims), name)
+        arrays, rest = eqx.partition(self.fn(*args, axes=axes), eqx.is_array)
+        leaves, treedef = jtu.tree_flatten(arrays)
+        self.unflatten = lambda leaves: eqx.combine(treedef.unflatten(leaves), rest)
+        return leaves
+
+
+_call_p = jax.extend.core.Primitive("batch_aware_call")
+_call_p.multiple_results = True
+_call_p.def_impl(lambda *flat, call: call(*flat))
+mlir.register_lowering(
+    _call_p, mlir.lower_fun(lambda *flat, call: call(*flat), multiple_results=True)
+)
+
+
+@_call_p.def_effectful_abstract_eval
+def _abstract(*avals, call):
+    jaxpr = jax.make_jaxpr(call)(*avals)
+    return jaxpr.out_avals, jaxpr.effects
+
+
+def _jvp(primals, tangents, *, call):
+    differentiated = [not isinstance(t, ad.Zero) for t in tangents]
+    pick = lambda xs: [x for x, d in zip(xs, differentiated, strict=True) if d]
+
+    def of_differentiated(*chosen):
+        chosen = iter(chosen)
+        flat = zip(primals, differentiated, strict=True)
+        return call(*(next(chosen) if d else x for x, d in flat))
+
+    out, ct_out = jax.jvp(of_differentiated, pick(primals), pick(tangents))
+    zero = lambda x: ad.Zero(jax.typeof(x).to_tangent_aval())
+    is_zero = lambda t: jax.dtypes.float0 == t.dtype
+    pairs = zip(out, ct_out, strict=True)
+    return out, [zero(x) if is_zero(t) else t for x, t in pairs]
+
+
+def _batch(axis, flat, dims, *, call):
+    if axis.spmd_name is not None or axis.explicit_mesh_axis is not None:
+        # Lanes laid out over devices: what they share is summed by JAX as usual.
+        names: dict[str, Any] = dict(axis_name=axis.name, spmd_axis_name=axis.spmd_name)
+        out = jax.vmap(call, in_axes=tuple(dims), **names)(*flat)
+        return out, [0] * len(out)
+    to_front = lambda x, d: x if d is None else jnp.moveaxis(x, d, 0)
+    flat = [to_front(x, d) for x, d in zip(flat, dims, strict=True)]
+    dims = [None if d is None else 0 for d in dims]
+    out = call(*flat, dims=dims, name=axis.name)
+    return out, [0] * len(out)
+
+
+ad.primitive_jvps[_call_p] = _jvp
+batching.fancy_primitive_batchers[_call_p] = _batch
+
+
+def batch_aware(fn: Callable) -> Callable:
+    """Wraps `fn(*args, axes)`, which may be called again when it is batched.
+
+    **Arguments:** `fn`, of any trees, with a keyword `axes`: `None`, or, when batched
+    before differentiation, the [`Axes`][] of `args`; all arrays that it returns must
+    then have a leading axis of lanes.
+
+    **Returns:** a function of `args`.
+    """
+
+    def call(*args):
+        arrays, rest = eqx.partition(args, eqx.is_array)
+        flat, treedef = jtu.tree_flatten(arrays)
+        bound = _Call(fn, treedef, rest)
+        leaves = _call_p.bind(*flat, call=bound)
+        assert bound.unflatten is not None
+        return bound.unflatten(leaves)
+
+    return call
