@@ -117,8 +117,8 @@ def test_half_precision_parameters_inside_the_field(dtype):
 def test_single_precision_to_its_own_round_off():
     """1,000 steps in single precision against the same program in double.
 
-    Direct differentiation in single precision is itself off by about 1e-6 (measured
-    9e-7 beside our 1.0e-6); the bound is ten times that, 1e-5."""
+    Measured: 1.08e-5, beside 1.11e-5 of direct differentiation in single precision. It
+    is the forward solve that rounds; undoing it adds no error to speak of."""
 
     def gradient(dtype, adjoint):
         cast = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
@@ -135,11 +135,14 @@ def test_single_precision_to_its_own_round_off():
                 ).ys ** 2
             )  # fmt: skip
 
-        return jax.grad(loss)(cast((ARGS, Y0)))
+        return jax.jit(jax.grad(loss))(cast((ARGS, Y0)))
 
     ours = gradient(jnp.float32, OURS)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(ours))
-    assert relative_difference(ours, gradient(jnp.float64, DIRECT)) <= 1e-5
+    exact, direct = gradient(jnp.float64, DIRECT), gradient(jnp.float32, DIRECT)
+    error = relative_difference(ours, exact)
+    assert error <= 3e-5
+    assert error <= 1.5 * relative_difference(direct, exact)
 
 
 def test_states_saved_beside_no_outputs_or_empty_ones():

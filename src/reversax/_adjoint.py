@@ -241,9 +241,9 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 
 - `round_trip_tolerance`: how far from `y0` the backward pass may arrive, relative to
     the largest size that the state had, per leaf of the state; dimensionless. By
-    default the square root of the leaf's machine epsilon: 3.5e-4 in single precision,
-    1.5e-8 in double. (Some ulps of the largest leaf pass in any leaf.) `math.inf`
-    switches the check off.
+    default the square root of the machine epsilon: 3.5e-4 in single precision, 1.5e-8
+    in double; the coarsest leaf counts. (Some ulps of the largest leaf pass in any
+    leaf.) `math.inf` switches the check off.
 
 **Raises:** when a solve begins, `TypeError` for a solver that is not
 [`reversax.Reversible`][], `NotImplementedError` for `event=...` and

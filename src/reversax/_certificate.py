@@ -8,6 +8,7 @@ is off by
 
 which must not exceed a tolerance. By default that is the square root of the state's
 machine epsilon `eps` (3.5e-4 in single precision, 1.5e-8 in double): half the digits.
+Of leaves of different precision the coarsest counts, since it disturbs the others.
 
 A leaf may hold nothing but the round-off of others, such as an invariant that should be
 zero. So `s` of a leaf is never taken smaller than
@@ -47,17 +48,18 @@ def relative_size(difference: Pair, scale: Scale) -> list[Float[Array, ""]]:
     sizes = jtu.tree_map(jnp.maximum, largest(difference.y), largest(difference.z))
     scales = jtu.tree_leaves(scale)
     overall = ft.reduce(jnp.maximum, scales, 0)
+    tolerance = default_tolerance(scales) if scales else 0.0
 
     def ratio(d, s):
-        s = jnp.maximum(s, 64 * default_tolerance(s.dtype) * overall)  # (M)
+        s = jnp.maximum(s, 64 * tolerance * overall)  # (M)
         return jnp.where(d == 0, 0, d / jnp.where(s == 0, 1, s))  # (E)
 
     sizes = jtu.tree_leaves(sizes)
     return [ratio(d, s) for d, s in zip(sizes, scales, strict=True)]
 
 
-def default_tolerance(dtype) -> float:
-    return math.sqrt(float(jnp.finfo(dtype).eps))
+def default_tolerance(leaves: Sequence[Array]) -> float:
+    return math.sqrt(max(float(jnp.finfo(x.dtype).eps) for x in leaves))
 
 
 def _messages(tolerance: float | None) -> list[str]:
@@ -111,9 +113,11 @@ def certificate(
     sizes = relative_size(round_trip(lane.scheme, reconstructed, true), scale)
     if tolerance == math.inf or len(sizes) == 0:
         return zero
-    bound = lambda x: default_tolerance(x.dtype) if tolerance is None else tolerance
+    bound = tolerance
+    if tolerance is None:
+        bound = default_tolerance(jtu.tree_leaves(scale))
     # Phrased so that NaN fails.
-    failed = ~jnp.stack([x <= bound(x) for x in sizes]).all()
+    failed = ~jnp.stack([x <= bound for x in sizes]).all()
     finite = jnp.stack([jnp.isfinite(x).all() for x in jtu.tree_leaves(final)]).all()
     if not throw:
         failed = failed & finite
