@@ -1,4 +1,27 @@
 import jax
+import pytest
 
 # Most oracles need double precision; single precision is asked for by dtype.
 jax.config.update("jax_enable_x64", True)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--optimise",
+        action="store_true",
+        help="compile as users do, with all of XLA's optimisations: slower to run",
+    )
+
+
+def pytest_configure(config):
+    # Compilation is most of the suite's time, and exactness does not depend on it.
+    jax.config.update("jax_disable_most_optimizations", not config.option.optimise)
+
+
+@pytest.fixture
+def optimised():
+    """For tests of what the optimised program is like."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -155,7 +155,9 @@ def test_jacobian_of_many_outputs():
     assert relative_difference(of(OURS), of(DIRECT)) <= 1e-13
 
 
-@pytest.mark.parametrize("controlled", CONTROLLED)
+@pytest.mark.parametrize(
+    "controlled", ["constant", pytest.param("pid", marks=pytest.mark.heavy)]
+)
 def test_hessian_by_forward_over_reverse(controlled):
     def hessian(adjoint):
         loss = lambda args: jnp.sum(

@@ -8,6 +8,7 @@ from helpers import initial_states, network_arguments, network_field
 
 import reversax as rvx
 
+pytestmark = pytest.mark.usefixtures("optimised")
 ARGS, Y0 = network_arguments(), initial_states(batch=64)
 
 

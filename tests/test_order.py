@@ -107,7 +107,10 @@ def slope(errs):
     return float(np.log2(errs[-2] / errs[-1]))
 
 
-@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize(
+    "problem",
+    ["kepler", "lotka-volterra", pytest.param("van-der-pol", marks=pytest.mark.heavy)],
+)
 @pytest.mark.parametrize("name", BASES)
 def test_global_error_and_interpolated_values_have_the_order_of_the_base(name, problem):
     base, order, interpolation_order, n = BASES[name]
