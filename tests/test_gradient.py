@@ -137,7 +137,7 @@ CELLS = [
 
 
 def is_daily(base, controller, batching):
-    """Every controller and most bases, in both batchings; the heavy rest is run apart."""
+    """Every controller and most bases, in both batchings; the rest is heavy."""
     daily = {
         ("Euler", "constant", "batched"),
         ("Heun", "clip-jumps", "vmap"),

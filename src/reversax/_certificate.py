@@ -113,11 +113,11 @@ def certificate(
     sizes = relative_size(round_trip(lane.scheme, reconstructed, true), scale)
     if tolerance == math.inf or len(sizes) == 0:
         return zero
-    bound = tolerance
-    if tolerance is None:
-        bound = default_tolerance(jtu.tree_leaves(scale))
+    stated = (
+        default_tolerance(jtu.tree_leaves(scale)) if tolerance is None else tolerance
+    )
     # Phrased so that NaN fails.
-    failed = ~jnp.stack([x <= bound for x in sizes]).all()
+    failed = ~jnp.stack([x <= stated for x in sizes]).all()
     finite = jnp.stack([jnp.isfinite(x).all() for x in jtu.tree_leaves(final)]).all()
     if not throw:
         failed = failed & finite
