@@ -91,7 +91,7 @@ def test_implicit_adjoint_differentiates_a_steady_state():
             0.01,
             jnp.array(0.3),
             a,
-            event=dfx.Event(dfx.steady_state_event(rtol=1e-7, atol=1e-7)),
+            event=dfx.Event(dfx.steady_state_event(1e-7, 1e-7, jnp.abs)),
             adjoint=dfx.ImplicitAdjoint(),
             max_steps=None,
         ).ys[0]
