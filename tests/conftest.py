@@ -1,3 +1,4 @@
+import helpers
 import jax
 import pytest
 
@@ -11,9 +12,16 @@ def pytest_addoption(parser):
         action="store_true",
         help="compile as users do, with all of XLA's optimisations: slower to run",
     )
+    parser.addoption(
+        "--scheme",
+        choices=list(helpers.SCHEMES),
+        default=helpers.FEATURES_IN,
+        help="the scheme in which the features of the adjoint are tested",
+    )
 
 
 def pytest_configure(config):
+    helpers.FEATURES_IN = config.option.scheme
     # Compilation is most of the suite's time, and exactness does not depend on it.
     jax.config.update("jax_disable_most_optimizations", not config.option.optimise)
 

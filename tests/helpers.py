@@ -9,6 +9,8 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 
+import reversax as rvx
+
 
 class RungeKutta4(dfx.AbstractERK):
     """A user's own tableau."""
@@ -23,6 +25,21 @@ class RungeKutta4(dfx.AbstractERK):
 
     def order(self, terms):
         return 4
+
+
+class Kutta3(dfx.AbstractERK):
+    """Kutta's third-order method, with no error estimate worth the name."""
+
+    tableau: ClassVar[dfx.ButcherTableau] = dfx.ButcherTableau(
+        a_lower=(np.array([0.5]), np.array([-1.0, 2.0])),
+        b_sol=np.array([1 / 6, 2 / 3, 1 / 6]),
+        b_error=np.array([1 / 6, 2 / 3 - 1, 1 / 6]),
+        c=np.array([0.5, 1.0]),
+    )
+    interpolation_cls: ClassVar = dfx.ThirdOrderHermitePolynomialInterpolation.from_k
+
+    def order(self, terms):
+        return 3
 
 
 class OwnMidpoint(dfx.AbstractSolver):
@@ -67,7 +84,20 @@ BASES = {
     "HalfSolver-Heun": dfx.HalfSolver(dfx.Heun()),
     "own-midpoint": OwnMidpoint(),
 }
-WITHOUT_ERROR_ESTIMATE = ("Euler", "own-midpoint")
+SCHEMES = {
+    "fixed-point": (rvx.Symmetric(), rvx.FixedPoint()),
+    "floating-point": (rvx.Symmetric(), rvx.FloatingPoint()),
+    "published": (rvx.McCallumFoster(), rvx.FloatingPoint()),
+}
+
+# In which the features of the adjoint are tested: they are the same in all, and this
+# one compiles fastest. `pytest --scheme fixed-point` is to test them in the default.
+FEATURES_IN = "published"
+
+
+def published(base, coupling_parameter=0.999):
+    """The scheme of the paper."""
+    return rvx.Reversible(base, rvx.McCallumFoster(coupling_parameter))
 
 
 def nonuniform(t0, t1, num, dtype=None):

@@ -1,6 +1,7 @@
 """Solves to differentiate under both adjoints, for the tests of gradients."""
 
 import diffrax as dfx
+import helpers
 import jax
 from helpers import (
     initial_states,
@@ -12,7 +13,7 @@ from helpers import (
 import reversax as rvx
 
 OURS, DIRECT = rvx.ReversibleAdjoint(), dfx.RecursiveCheckpointAdjoint()
-SOLVER = rvx.Reversible(dfx.Heun())  # quick to compile
+SOLVER = rvx.Reversible(dfx.Heun(), *helpers.SCHEMES[helpers.FEATURES_IN])
 ARGS, Y0 = network_arguments(), initial_states()
 PID = dfx.PIDController(rtol=1e-3, atol=1e-3)
 

@@ -6,16 +6,19 @@ import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import (
     BASES,
     initial_states,
     network_arguments,
     network_field,
+    published,
     relative_difference,
 )
 
 import reversax as rvx
+from reversax import _adjoint
 
 TERM = dfx.ODETerm(network_field)
 ARGS, Y0 = network_arguments(), initial_states()
@@ -31,7 +34,7 @@ def test_round_trip_of_a_healthy_solve_is_round_off(name, controller):
     stepsize_controller, dt0 = CONTROLLERS[controller]
     error, num_steps = rvx.round_trip_error(
         TERM,
-        rvx.Reversible(BASES[name]),
+        published(BASES[name]),
         0.0,
         1.0,
         dt0,
@@ -51,7 +54,7 @@ def test_round_trip_grows_as_the_theory_says():
     """Round-off of one step is amplified by `1/lam` with each later one: lam**-n."""
 
     def size(lam, n):
-        solver = rvx.Reversible(dfx.Heun(), rvx.McCallumFoster(lam))
+        solver = published(dfx.Heun(), lam)
         error, _ = rvx.round_trip_error(TERM, solver, 0.0, 1.0, 1 / n, Y0, ARGS)
         return float(jnp.max(jnp.abs(error.y - error.z)))
 
@@ -69,8 +72,8 @@ def test_round_trip_has_the_structure_of_the_state():
 
 
 def gradient(lam, n, dtype=jnp.float64, tolerance=None, field=network_field, t1=1.0):
-    solver = rvx.Reversible(dfx.Heun(), rvx.McCallumFoster(lam))
-    adjoint = rvx.ReversibleAdjoint(round_trip_tolerance=tolerance)
+    solver = published(dfx.Heun(), lam)
+    adjoint = rvx.ReversibleAdjoint(tolerance, restart_every=None)
     cast = lambda x: jnp.asarray(x, dtype)
 
     def loss(args):
@@ -113,7 +116,7 @@ def test_the_message_says_by_how_much():
     decade = str(raised.value).split("off by between ")[1].split(" ")[0]
     error, _ = rvx.round_trip_error(
         TERM,
-        rvx.Reversible(dfx.Heun(), rvx.McCallumFoster(0.9)),
+        published(dfx.Heun(), 0.9),
         0.0,
         1.0,
         1 / 250,
@@ -153,7 +156,7 @@ def test_one_bad_lane_is_enough():
         return jnp.sum(
             dfx.diffeqsolve(
                 dfx.ODETerm(field),
-                rvx.Reversible(dfx.Heun()),
+                published(dfx.Heun()),
                 0.0,
                 1.0,
                 1e-3,
@@ -179,7 +182,7 @@ def test_an_overflow_with_throw_false_is_nan_in_its_own_lane():
         return jnp.sum(
             dfx.diffeqsolve(
                 dfx.ODETerm(field),
-                rvx.Reversible(dfx.Heun()),
+                published(dfx.Heun()),
                 0.0,
                 1.0,
                 0.02,
@@ -208,7 +211,7 @@ def test_a_leaf_of_nothing_but_round_off_raises_no_false_alarm():
         y0 = {"a": jnp.array(1.0), "invariant": jnp.array(0.0)}
         solution = dfx.diffeqsolve(
             dfx.ODETerm(field),
-            rvx.Reversible(dfx.Heun()),
+            published(dfx.Heun()),
             0.0,
             1.0,
             1e-3,
@@ -228,7 +231,7 @@ def test_a_leaf_of_nothing_but_round_off_raises_no_false_alarm():
 def test_measuring_a_round_trip_has_no_derivative():
     def size(y0):
         error, _ = rvx.round_trip_error(
-            TERM, rvx.Reversible(dfx.Heun()), 0.0, 1.0, 0.1, y0, ARGS
+            TERM, published(dfx.Heun()), 0.0, 1.0, 0.1, y0, ARGS
         )
         return jnp.sum(error.y)
 
@@ -245,7 +248,7 @@ def test_a_state_that_begins_and_ends_at_zero_raises_no_false_alarm():
         return jnp.sum(
             dfx.diffeqsolve(
                 dfx.ODETerm(field),
-                rvx.Reversible(dfx.Midpoint()),
+                published(dfx.Midpoint()),
                 0.0,
                 1.0,
                 1e-3,
@@ -257,3 +260,126 @@ def test_a_state_that_begins_and_ends_at_zero_raises_no_false_alarm():
         )
 
     assert all(jnp.all(jnp.isfinite(g)) for g in jax.grad(loss)(ARGS))
+
+
+# Under fixed point the round trip is exact, and one wrong bit raises. What follows
+# injects faults between the passes.
+
+FIXED_POINT_MESSAGE = (
+    r"(?s)ReversibleAdjoint.*did not find the initial state again.*zero.*not one bit"
+)
+
+
+def fixed_point_loss(args, field=network_field, **kwargs):
+    return jnp.sum(
+        dfx.diffeqsolve(
+            dfx.ODETerm(field),
+            rvx.Reversible(dfx.Heun()),
+            0.0,
+            1.0,
+            0.01,
+            Y0,
+            args,
+            adjoint=rvx.ReversibleAdjoint(**kwargs),
+            max_steps=128,
+        ).ys
+    )
+
+
+@pytest.fixture(autouse=True)
+def forget_what_was_traced_with_a_fault(request):
+    """JAX keeps the backward pass that it once traced."""
+    faulty = "monkeypatch" in request.fixturenames
+    if faulty:
+        jax.clear_caches()
+    yield
+    if faulty:
+        jax.clear_caches()
+
+
+def gradient_with_fault(monkeypatch, fault, **kwargs):
+    """The gradient when `fault` changes what the backward pass is given."""
+    backward = _adjoint._walk_back_and_check
+
+    def faulty(residuals, ct_out, perturbed, parts, *, setup, axes):
+        residuals, parts = fault(residuals, parts)
+        return backward(residuals, ct_out, perturbed, parts, setup=setup, axes=axes)
+
+    monkeypatch.setattr(_adjoint, "_walk_back_and_check", faulty)
+    loss = lambda args: fixed_point_loss(args, **kwargs)
+    return eqx.filter_jit(jax.grad(loss))(ARGS)
+
+
+def flip_a_shed_bit(residuals, parts):
+    """The bit that the first element of the state shed at the tenth halving."""
+    bits = residuals.record.bits
+    record = residuals.record._replace(bits=bits.at[0, 0, 0].set(bits[0, 0, 0] ^ 512))
+    return eqx.tree_at(lambda r: r.record, residuals, record), parts
+
+
+def flip_a_bit_of_the_state(residuals, parts):
+    """The lowest of one element at the end of the solve: 8e-25."""
+    where = lambda r: r.pair.z.low
+    low = residuals.pair.z.low
+    return eqx.tree_at(where, residuals, low.at[0, 0].set(low[0, 0] ^ 1)), parts
+
+
+def nudge_the_parameters(residuals, parts):
+    """Each by one ulp."""
+    pair0, increment, fns = parts
+    nudge = lambda x: jnp.nextafter(x, jnp.inf) if eqx.is_inexact_array(x) else x
+    return residuals, (pair0, jax.tree.map(nudge, increment), fns)
+
+
+def nothing(residuals, parts):
+    return residuals, parts
+
+
+@pytest.mark.parametrize(
+    "fault", [flip_a_shed_bit, flip_a_bit_of_the_state, nudge_the_parameters]
+)
+def test_one_wrong_bit_raises(monkeypatch, fault):
+    with pytest.raises(eqx.EquinoxRuntimeError, match=FIXED_POINT_MESSAGE):
+        gradient_with_fault(monkeypatch, fault)
+
+
+def test_without_a_fault_nothing_raises(monkeypatch):
+    ours = gradient_with_fault(monkeypatch, nothing)
+    assert relative_difference(ours, jax.grad(fixed_point_loss)(ARGS)) < 1e-14
+
+
+def test_a_field_that_is_no_function_of_its_arguments_raises():
+    """It reads a counter on the host, which the backward pass finds changed."""
+    calls = iter(range(10**9))
+
+    def field(t, y, args):
+        read = lambda _: np.asarray(1e-9 * next(calls))
+        shape = jax.ShapeDtypeStruct((), jnp.float64)
+        outside = jax.pure_callback(read, shape, jax.lax.stop_gradient(t))
+        return network_field(t, y, args) + outside
+
+    with pytest.raises(eqx.EquinoxRuntimeError, match=FIXED_POINT_MESSAGE):
+        eqx.filter_jit(jax.grad(lambda args: fixed_point_loss(args, field)))(ARGS)
+
+
+def test_a_tolerance_given_by_the_user_holds_for_fixed_point_too(monkeypatch):
+    gradient = gradient_with_fault(
+        monkeypatch, flip_a_bit_of_the_state, round_trip_tolerance=1e-6
+    )
+    assert all(jnp.all(jnp.isfinite(g)) for g in gradient)
+
+
+@pytest.mark.parametrize("name", ["Euler", "Tsit5", "own-midpoint"])
+def test_the_round_trip_of_a_contracting_flow_in_fixed_point_is_zero(name):
+    """y' = -30 y in single precision, which floating point cannot undo (above)."""
+    cast = jnp.float32
+    error, num_steps = rvx.round_trip_error(
+        dfx.ODETerm(lambda t, y, args: -30 * y + jnp.cos(t)),
+        rvx.Reversible(BASES[name]),
+        cast(0.0),
+        cast(2.0),
+        cast(0.005),
+        cast(Y0),
+    )
+    assert num_steps == 400 and error.y.dtype == jnp.float32
+    assert jnp.all(error.y == 0) and jnp.all(error.z == 0)

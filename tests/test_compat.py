@@ -74,7 +74,9 @@ def test_constant_steps_are_replayed_to_the_bit(num_steps):
         *_, end, _, state, _ = controller.adapt_step_size(
             t0, end, None, None, None, None, None, state
         )
-        again = _compat.replayed_end(controller, first_state, t1, jnp.array(index))
+        multiply = lambda a, b: a * b
+        index = jnp.array(index)
+        again = _compat.replayed_end(controller, first_state, index, multiply)
         assert end == again
 
 
@@ -83,7 +85,8 @@ def test_prescribed_times_are_replayed_to_the_bit():
     controller = dfx.StepTo(ts)
     _, first_state = controller.init(None, ts[0], ts[-1], None, None, None, None, None)
     for index in range(1, 3):
-        again = _compat.replayed_end(controller, first_state, ts[0], jnp.array(index))
+        index = jnp.array(index)
+        again = _compat.replayed_end(controller, first_state, index, None)
         assert again == ts[index + 1]
 
 
@@ -92,6 +95,19 @@ def test_prevbefore_is_the_next_number_below():
         assert _compat.prevbefore(jnp.array(x)) < x or x == 1e-300
     below = _compat.prevbefore(jnp.array(1.0))
     assert below == jnp.nextafter(jnp.array(1.0), jnp.array(0.0))
+
+
+def test_unvmap_any_is_one_value_for_all_lanes():
+    def of(x):
+        out = _compat.unvmap_any(x > 1)
+        return jax.lax.cond(out, lambda: x, lambda: -x)
+
+    assert jnp.array_equal(jax.vmap(of)(jnp.array([0.0, 2.0])), jnp.array([0.0, 2.0]))
+    assert jnp.array_equal(jax.vmap(of)(jnp.array([0.0, 1.0])), jnp.array([-0.0, -1.0]))
+
+
+def test_nonfinite_is_one_of_diffraxs_results_and_says_so():
+    assert "Nonfinite" in dfx.RESULTS[_compat.NONFINITE]
 
 
 def test_nondifferentiable_refuses_a_derivative_with_our_message():

@@ -12,9 +12,10 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "reversax"
 # From the bottom to the top: a module imports only from those before it.
 ORDER = [
-    "_compat", "_guard", "_lanes", "_increment", "_coupling", "_arithmetic", "_pair",
-    "_solver", "_tape", "_observe", "_forward", "_backward", "_certificate", "_adjoint",
-    "_round_trip", "__init__",
+    "_compat", "_guard", "_lanes", "_isolation", "_arithmetic", "_coupling",
+    "_increment", "_psi", "_pair", "_solver", "_tape", "_observe", "_setup",
+    "_forward",
+    "_certificate", "_backward", "_adjoint", "_round_trip", "__init__",
 ]  # fmt: skip
 MODULES = sorted(SOURCE.glob("*.py"))
 FILES = [

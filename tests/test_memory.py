@@ -10,13 +10,17 @@ import reversax as rvx
 
 pytestmark = pytest.mark.usefixtures("optimised")
 ARGS, Y0 = network_arguments(), initial_states(batch=64)
+FLOATING = rvx.FloatingPoint()
+KEEPS_NOTHING = rvx.ReversibleAdjoint(restart_every=None)
 
 
-def temporary_bytes(adjoint, max_steps, batching="batched", **kwargs):
+def temporary_bytes(
+    adjoint, max_steps, batching="batched", arithmetic=FLOATING, **kwargs
+):
     def loss(args, y0, dt0):
         solve = lambda y0: dfx.diffeqsolve(
             dfx.ODETerm(network_field),
-            rvx.Reversible(dfx.Heun()),
+            rvx.Reversible(dfx.Heun(), arithmetic=arithmetic),
             0.0,
             1.0,
             dt0,
@@ -36,16 +40,14 @@ def temporary_bytes(adjoint, max_steps, batching="batched", **kwargs):
 
 @pytest.mark.parametrize("batching", ["batched", "vmap"])
 def test_memory_is_the_same_for_64_and_16384_constant_steps(batching):
-    few, many = (
-        temporary_bytes(rvx.ReversibleAdjoint(), n, batching) for n in (64, 16_384)
-    )
+    few, many = (temporary_bytes(KEEPS_NOTHING, n, batching) for n in (64, 16_384))
     assert abs(many - few) <= 0.02 * few, (few, many)
 
 
 def test_memory_is_the_same_for_many_saved_times_but_for_their_cotangents():
     ts = jnp.linspace(0, 1, 5)
     few, many = (
-        temporary_bytes(rvx.ReversibleAdjoint(), n, saveat=dfx.SaveAt(ts=ts))
+        temporary_bytes(KEEPS_NOTHING, n, saveat=dfx.SaveAt(ts=ts))
         for n in (64, 16_384)
     )
     assert abs(many - few) <= 0.02 * few, (few, many)
@@ -54,11 +56,34 @@ def test_memory_is_the_same_for_many_saved_times_but_for_their_cotangents():
 def test_a_recording_controller_keeps_two_times_a_step_and_nothing_else():
     controller = dfx.PIDController(rtol=1e-5, atol=1e-5)
     few, many = (
-        temporary_bytes(rvx.ReversibleAdjoint(), n, stepsize_controller=controller)
+        temporary_bytes(KEEPS_NOTHING, n, stepsize_controller=controller)
         for n in (64, 16_384)
     )
     two_times = 2 * (16_384 - 64) * 8
     assert many - few <= 1.02 * two_times, (few, many, two_times)
+
+
+@pytest.mark.parametrize("controlled", ["constant", "pid"])
+@pytest.mark.parametrize("batching", ["batched", "vmap"])
+def test_fixed_point_keeps_a_bit_per_element_and_halving_beside(batching, controlled):
+    """And nothing else but the recorded times: (bits, times) are allocated once, and
+    neither copied nor widened under `vmap`."""
+    kwargs, times = {}, 0
+    steps = 64, 16_384
+    if controlled == "pid":
+        pid = dfx.PIDController(rtol=1e-5, atol=1e-5)
+        kwargs = dict(stepsize_controller=pid)
+        lanes = 1 if batching == "batched" else len(Y0)
+        times = 2 * 8 * (steps[1] - steps[0]) * lanes
+    few, many = (
+        temporary_bytes(
+            rvx.ReversibleAdjoint(), n, batching, rvx.FixedPoint(), **kwargs
+        )
+        for n in steps
+    )
+    words = lambda n: -(-(n // 4 + 1) // 32)
+    bits = 4 * (words(steps[1]) - words(steps[0])) * Y0.size
+    assert many - few <= 1.02 * (bits + times), (few, many, bits, times)
 
 
 def test_checkpointing_grows_so_that_the_figures_above_mean_something():

@@ -8,8 +8,10 @@ from helpers import BASES, initial_states, network_arguments, network_field
 from hypothesis import given, settings, strategies as st
 
 import reversax as rvx
+from reversax import Pair
 from reversax._increment import make_increment
 from reversax._pair import Scheme, take_step, undo_step
+from reversax._solver import TwinState
 
 DTYPES = {"float32": jnp.float32, "float64": jnp.float64}
 ONE_STEP = 0.05
@@ -19,14 +21,17 @@ def scheme_of(coupling_parameter):
     return Scheme(rvx.McCallumFoster(coupling_parameter), rvx.FloatingPoint())
 
 
-def there_and_back(scheme, base, pair, dtype, h=ONE_STEP):
+def there_and_back(scheme, base, pair, dtype, index=3, h=ONE_STEP):
     args = network_arguments(dtype)
     increment = make_increment(base, dfx.ODETerm(network_field), args)
     t0, t1 = jnp.asarray(0.3, dtype), jnp.asarray(0.3 + h, dtype)
     full = lambda ta, tb: lambda y: increment(ta, tb, y, error=False, dense=False)
     psi = lambda ta, tb: lambda y: full(ta, tb)(y).increment
-    step = take_step(scheme, pair, full(t0, t1), full(t1, t0))
-    return undo_step(scheme, step.pair1, psi(t0, t1), psi(t1, t0))
+    start = Pair(scheme.arithmetic.encode(pair.y), scheme.arithmetic.encode(pair.z))
+    step = take_step(scheme, start, index, full(t0, t1), full(t1, t0))
+    shed_bits = lambda: scheme.arithmetic.shed_bits(start.y, start.z)
+    unmix = lambda pair: scheme.unmix(pair, index, shed_bits)
+    return start, undo_step(scheme, step.pair1, psi(t0, t1), psi(t1, t0), unmix)
 
 
 def worst_ulps(a, b, scale):
@@ -49,7 +54,7 @@ def test_one_step_round_trip_is_within_ulps(name, coupling_parameter, dtype):
     y0 = initial_states(dtype=dtype)
     pair = rvx.Pair(y0, y0 + dtype(1e-3))
     scheme = scheme_of(coupling_parameter)
-    again = there_and_back(scheme, BASES[name], pair, dtype)
+    _, again = there_and_back(scheme, BASES[name], pair, dtype)
     assert worst_ulps(again, pair, pair) <= 3 / coupling_parameter + 1
 
 
@@ -62,7 +67,8 @@ def test_one_step_round_trip_is_within_ulps(name, coupling_parameter, dtype):
 def test_unmix_undoes_mix(y, z, coupling_parameter):
     coupling = rvx.McCallumFoster(coupling_parameter)
     pair = rvx.Pair(jnp.asarray(y), jnp.asarray(z))
-    again = coupling.unmix(coupling.mix(pair))
+    mixed = coupling.mix(rvx.FloatingPoint(), pair, 0)
+    again = coupling.unmix(rvx.FloatingPoint(), mixed, 0, lambda: None)
     scale = max(abs(y), abs(z), 1e-300) / coupling_parameter
     assert abs(float(again.y) - y) <= 4 * 2.3e-16 * scale
     assert float(again.z) == z
@@ -79,12 +85,51 @@ def test_the_step_is_the_published_one():
 
     solver = rvx.Reversible(dfx.Euler(), rvx.McCallumFoster(lam))
     term = dfx.ODETerm(lambda t, y, args: field(t, y))
-    out, _, _, pair, _ = solver.step(
-        term, t0, t0 + h, y0, None, rvx.Pair(y0, z0), made_jump=False
+    state = TwinState(rvx.Pair(y0, z0), jnp.array(0))
+    out, _, _, state, _ = solver.step(
+        term, t0, t0 + h, y0, None, state, made_jump=False
     )
+    pair = state.pair
     assert abs(float(out - y1)) < 1e-15
     assert abs(float(pair.y - y1)) < 1e-15
     assert abs(float(pair.z - z1)) < 1e-15
+
+
+@pytest.mark.parametrize("index", [2, 3], ids=["not-halving", "halving"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", BASES)
+def test_one_step_in_fixed_point_is_undone_to_the_bit(name, dtype, index):
+    dtype = DTYPES[dtype]
+    y0 = initial_states(dtype=dtype)
+    scheme = Scheme(rvx.Symmetric(), rvx.FixedPoint())
+    pair = Pair(y0, y0 + dtype(1e-3) * jnp.cos(9 * y0))
+    start, again = there_and_back(scheme, BASES[name], pair, dtype, index)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(start), strict=True):
+        assert jnp.array_equal(a, b)
+
+
+@pytest.mark.parametrize("index", [2, 3], ids=["not-halving", "halving"])
+def test_the_symmetric_step_is_that_of_its_definition(index):
+    """Contract the gap about the mean by `lam`, a half or one; then (F1), (F2)."""
+    h, lam = 0.1, 0.5 if index == 3 else 1.0
+    field = lambda t, y: jnp.sin(y) + t
+    y0, z0, t0 = jnp.asarray(0.7), jnp.asarray(0.6), jnp.asarray(0.2)
+    mean, gap = (y0 + z0) / 2, y0 - z0
+    y, z = mean + lam * gap / 2, mean - lam * gap / 2
+    y1 = y + h * field(t0, z)
+    z1 = z + h * field(t0 + h, y1)
+
+    solver = rvx.Reversible(dfx.Euler(), rvx.Symmetric(4), rvx.FloatingPoint())
+    term = dfx.ODETerm(lambda t, y, args: field(t, y))
+    state = TwinState(Pair(y0, z0), jnp.array(index))
+    out, error, _, state, _ = solver.step(
+        term, t0, t0 + h, (y0 + z0) / 2, None, state, made_jump=False
+    )
+    assert abs(state.pair.y - y1) < 1e-15 and abs(state.pair.z - z1) < 1e-15
+    assert abs(out - (y1 + z1) / 2) < 1e-15
+    assert state.num_steps == index + 1
+    # (E): by what the step widens the gap.
+    assert abs(error - abs((y1 - z1) - (y - z))) < 1e-15
 
 
 def test_the_twins_move_along_when_the_driver_moves_the_state():

@@ -15,21 +15,22 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from ._backward import Carry, Lane, Walk, make_lane, sum_over_lanes, walk_back, wide
-from ._certificate import certificate
-from ._coupling import Pair
-from ._forward import CALL, Setup, run, set_up
+from ._certificate import certificate, round_trip
+from ._compat import NONFINITE
+from ._coupling import Index, Pair
+from ._forward import Forward, run
 from ._guard import detached, forward_only, reverse_only
 from ._lanes import Axes, batch_aware
 from ._observe import add_trees
-from ._tape import Index, RecordedTape
+from ._setup import CALL, Setup, set_up
+from ._tape import Record
 
 
 class _Residuals(eqx.Module):
     """What the backward pass needs of the forward pass."""
 
     pair: Pair
-    tape: RecordedTape | None
-    """`None` where the times are prescribed: they follow from the setup."""
+    record: Record
     num_steps: Index
     num_ts: list[Index]
     t_final: Array
@@ -47,29 +48,36 @@ def _materialise(like: PyTree, ct: PyTree) -> PyTree[Array]:
     return jtu.tree_map(leaf, like, ct)
 
 
-def _run(parts, setup: Setup, axes: Axes | None):
+def _run(parts, setup: Setup, perturbed: PyTree[bool], axes: Axes | None) -> Forward:
     """`run`, or `run` for each lane."""
+    if perturbed is not None:
+        perturbed = perturbed[1]
     if axes is None:
-        return run(parts, setup)
-    vmapped = eqx.filter_vmap(run, in_axes=axes.in_axes, axis_name=axes.name)
+        return run(parts, setup, perturbed=perturbed)
+    axes_increment = None
+    if perturbed is not None:
+        axes_increment = eqx.partition(axes.in_axes[0][1], perturbed)
+    in_lane = ft.partial(
+        run, perturbed=perturbed, axes=axes_increment, axis_name=axes.name
+    )
+    vmapped = eqx.filter_vmap(in_lane, in_axes=axes.in_axes, axis_name=axes.name)
     return vmapped(parts, setup)
 
 
 @eqx.filter_custom_vjp
 def _solve(parts, *, setup: Setup, axes: Axes | None):
-    final_state, aux_stats, _ = _run(parts, setup, axes)
-    return final_state, aux_stats
+    forward = _run(parts, setup, None, axes)
+    return forward.final_state, forward.aux_stats
 
 
 @_solve.def_fwd
 def _solve_fwd(perturbed, parts, *, setup: Setup, axes: Axes | None):
-    del perturbed
-    final_state, aux_stats, tape = _run(parts, setup, axes)
+    final_state, aux_stats, pair, record = _run(parts, setup, perturbed, axes)
     save_states = setup.save_states(final_state)
     describe = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     residuals = _Residuals(
-        pair=final_state.solver_state,
-        tape=tape,
+        pair=pair,
+        record=record,
         num_steps=jnp.asarray(final_state.num_accepted_steps),
         num_ts=[jnp.asarray(s.saveat_ts_index) for s in save_states],
         t_final=final_state.tprev,
@@ -80,6 +88,21 @@ def _solve_fwd(perturbed, parts, *, setup: Setup, axes: Axes | None):
 
 @_solve.def_bwd
 def _solve_bwd(residuals, ct_out, perturbed, parts, *, setup: Setup, axes: Axes | None):
+    return _walk_back_and_check(
+        residuals, ct_out, perturbed, parts, setup=setup, axes=axes
+    )
+
+
+def _walk_back_and_check(
+    residuals: _Residuals,
+    ct_out: PyTree,
+    perturbed: PyTree[bool],
+    parts: PyTree,
+    *,
+    setup: Setup,
+    axes: Axes | None,
+) -> PyTree:
+    """The cotangents of `parts`."""
     # Of the outputs only `ys` and the solver's state depend on what is differentiated:
     # times and step sizes do not, since Diffrax's controllers stop the gradient there.
     ct_final_state, _ = ct_out
@@ -87,21 +110,31 @@ def _solve_bwd(residuals, ct_out, perturbed, parts, *, setup: Setup, axes: Axes 
     ct_ys = [_materialise(x, ct) for x, ct in zip(residuals.ys, ct_ys, strict=True)]
     walk = _walk(residuals, ct_ys, perturbed, parts, setup, axes)
     pair0 = _in_each_lane(parts[0], residuals, axes)
-    ct_pair = _materialise(residuals.pair, ct_final_state.solver_state)
+    ct_pair = _materialise(residuals.pair, ct_final_state.solver_state.pair)
+    ct_pair = setup.scheme.decode(ct_pair)
     carry = walk_back(walk, _first_carry(walk, residuals, pair0, ct_pair))
 
     ct_fns, ct_pair = walk.each(Lane.pull_at_start, carry.pair, carry.num_ts)
-    ct_pair = add_trees(carry.ct_pair, ct_pair)
+    ct_pair = setup.scheme.cotangent(pair0, add_trees(carry.ct_pair, ct_pair))
     ct_increment, ct_fns_before = carry.ct_parameters
     ct = ct_pair, ct_increment, walk.add_fns(ct_fns_before, ct_fns)
-    check = ft.partial(certificate, setup.round_trip_tolerance, setup.throw)
-    zeros = walk.each(check, carry.pair, pair0, carry.scale, residuals.pair)
+    check = ft.partial(_check, setup.round_trip_tolerance, setup.throw)
+    zeros = walk.each(
+        check, carry.pair, pair0, carry.scale, carry.round_trips, residuals.pair
+    )
     return jtu.tree_map(forward_only, _finish(ct, zeros, parts, axes))
+
+
+def _check(tolerance, throw, lane: Lane, reconstructed, true, scale, errors, final):
+    """The certificate of one lane."""
+    last = round_trip(lane.scheme, reconstructed, true, scale)
+    errors = jtu.tree_map(jnp.maximum, errors, last)
+    return certificate(tolerance, throw, lane.scheme, errors, final)
 
 
 def _walk(residuals, ct_ys, perturbed, parts, setup: Setup, axes: Axes | None) -> Walk:
     lane = make_lane(
-        parts[1:], setup, residuals.tape, ct_ys, setup.t0 == setup.t1, perturbed[1:]
+        parts[1:], setup, residuals.record, ct_ys, setup.t0 == setup.t1, perturbed[1:]
     )
     if axes is None:
         return Walk(lane, None, None)
@@ -112,7 +145,7 @@ def _walk(residuals, ct_ys, perturbed, parts, setup: Setup, axes: Axes | None) -
     axes_lane = make_lane(
         axes_parts[1:],
         axes_setup,
-        all_batched(residuals.tape),
+        all_batched(residuals.record),
         all_batched(ct_ys),
         None if shared_times else 0,
         perturbed[1:],
@@ -134,6 +167,7 @@ def _first_carry(
 ) -> Carry:
     """Where the walk begins: at the end, with what was saved there pulled back."""
     sizes = [walk.each(Lane.size, pair) for pair in (pair0, residuals.pair)]
+    scale = jtu.tree_map(jnp.maximum, *sizes)
     ct_fns, ct_saved = walk.each(
         Lane.pull_at_end,
         residuals.pair,
@@ -149,7 +183,10 @@ def _first_carry(
         ct_pair=add_trees(ct_pair, ct_saved),
         ct_parameters=(ct_increment, walk.add_fns(ct_fns_before, ct_fns)),
         num_ts=residuals.num_ts,
-        scale=jtu.tree_map(jnp.maximum, *sizes),
+        scale=scale,
+        round_trips=[
+            jnp.zeros(x.shape, jnp.result_type(float)) for x in jtu.tree_leaves(scale)
+        ],
     )
 
 
@@ -170,29 +207,42 @@ def _finish(ct, zeros: Array, parts, axes: Axes | None):
     return jtu.tree_map(leaf, parts, axes_parts, ct)
 
 
+_LEFT_ITS_RANGE = (
+    f"{CALL}: the state left the range of `reversax.FixedPoint`, or was not finite. If "
+    "the solution grows without bound, take smaller steps; if it is larger than "
+    "2.1e6 (single precision) or 1.4e14 (double), give its size: "
+    "`reversax.Reversible(..., arithmetic=reversax.FixedPoint(largest=...))`."
+)
+
+
 class ReversibleAdjoint(dfx.AbstractAdjoint):
     """Exact gradients of `diffrax.diffeqsolve` in memory independent of the number of
     steps, for a [`reversax.Reversible`][] solver.
 
-    The gradient is that of the discrete solve (up to the round-off of undoing its
-    steps), as [`diffrax.RecursiveCheckpointAdjoint`][] would compute it, for the same
-    solver. It is taken with respect to `y0`, `args` and the parameters of the terms
-    and of `SaveAt(fn=...)`, including values that their functions close over.
+    The gradient is that of the discrete solve, as
+    [`diffrax.RecursiveCheckpointAdjoint`][] would compute it, for the same solver. It
+    is taken with respect to `y0`, `args` and the parameters of the terms and of
+    `SaveAt(fn=...)`, including values that their functions close over.
 
     Use it for solves of many steps, or where memory is short. For a stiff problem, for
     an implicit solver, for events, dense output, derivatives with respect to times, or
     forward-mode differentiation use one of Diffrax's adjoints. For a short solve of a
     small state, checkpointing the plain base solver is as good.
 
-    Memory is a few copies of the state and of the parameters, and with a controller
-    that adapts two numbers per step of `max_steps`. Backward, each step costs as many
-    vector field evaluations as forward, and their pull-backs.
+    Memory is a few copies of the state and of the parameters; with a controller that
+    adapts two numbers per step of `max_steps`; with [`reversax.FixedPoint`][] (the
+    default) `1/halve_every` bits per element of the state and step of `max_steps`; and
+    with [`reversax.FloatingPoint`][] a pair of states at every `restart_every` steps.
+    Backward, each step costs as many vector field evaluations as forward, and their
+    pull-backs.
 
-    Every backward pass checks that it arrives at the initial state again. The times of
-    the steps count as constants, which is how Diffrax's own controllers are made.
+    Every backward pass checks that it arrives at the initial state again: to the bit
+    with [`reversax.FixedPoint`][], else to a tolerance. The times of the steps count as
+    constants, which is how Diffrax's own controllers are made.
     """
 
     round_trip_tolerance: float | None = None
+    restart_every: int | str | None = "auto"
 
     def __check_init__(self):
         tolerance = self.round_trip_tolerance
@@ -221,6 +271,7 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
             throw=throw,
             passed_solver_state=passed_solver_state,
             round_trip_tolerance=self.round_trip_tolerance,
+            restart_every=self.restart_every,
         )
         inexact, rest = eqx.partition(parts, eqx.is_inexact_array)
         parts = eqx.combine(jtu.tree_map(reverse_only, inexact), rest)
@@ -228,6 +279,10 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
             parts, setup=setup, axes=axes
         )
         final_state, aux_stats = batch_aware(solve_in_lanes)(parts, setup)
+        if throw and setup.scheme.arithmetic.exact:
+            result = final_state.result
+            result = eqx.error_if(result, result == NONFINITE, _LEFT_ITS_RANGE)
+            final_state = eqx.tree_at(lambda s: s.result, final_state, result)
         where = lambda s: [s.solver_state, *(x.ys for x in setup.save_states(s))]
         arrays, rest = eqx.partition(final_state, eqx.is_array)
         constant = eqx.combine(jtu.tree_map(detached, arrays), rest)
@@ -241,13 +296,21 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 
 - `round_trip_tolerance`: how far from `y0` the backward pass may arrive, relative to
     the largest size that the state had, per leaf of the state; dimensionless. By
-    default the square root of the machine epsilon: 3.5e-4 in single precision, 1.5e-8
-    in double; the coarsest leaf counts. (Some ulps of the largest leaf pass in any
-    leaf.) `math.inf` switches the check off.
+    default zero with [`reversax.FixedPoint`][], else the square root of the machine
+    epsilon: 3.5e-4 in single precision, 1.5e-8 in double; the coarsest leaf counts.
+    (Some ulps of the largest leaf pass in any leaf.) `math.inf` switches the check off.
+- `restart_every`: with [`reversax.FloatingPoint`][], at every how many accepted steps
+    to keep the pair of states, for the backward pass to restart from (and to check its
+    round trip by); a Python integer of at least 1, or `None` for never. By default,
+    "auto", as seldom as the coupling, the precision of the state and the tolerance
+    allow: at 0.999 some 13,500 steps in double precision and 3,400 in single; with
+    [`reversax.Symmetric`][] 92 and 34. It knows nothing of the vector field: on a
+    contracting flow give a smaller number. Needs `max_steps`, else nothing is kept.
 
 **Raises:** when a solve begins, `TypeError` for a solver that is not
 [`reversax.Reversible`][], `NotImplementedError` for `event=...` and
-`SaveAt(dense=True)`, `ValueError` for `max_steps=None` with a controller that adapts.
+`SaveAt(dense=True)`, `ValueError` for `max_steps=None` where there is something to
+record. When a state leaves the range of its arithmetic, `equinox.EquinoxRuntimeError`.
 When differentiated, an error for times and controllers, and `NotImplementedError` in
 forward mode. In the backward pass, `equinox.EquinoxRuntimeError` if the round trip
 exceeds the tolerance. With `throw=False` a solve that itself overflowed gets a gradient

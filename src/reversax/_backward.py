@@ -27,24 +27,16 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ._coupling import Pair
-from ._forward import Setup, tape_of
-from ._increment import AbstractIncrement, State, Time
+from ._arithmetic import State
+from ._certificate import Scale, largest_of_pair, round_trip
+from ._coupling import Index, Pair
+from ._forward import tape_of
+from ._increment import AbstractIncrement, Time
 from ._observe import Observation, add_trees, zeros_like_inexact
 from ._pair import Scheme, StepEnds, undo_step
-from ._tape import AbstractTape, Index, RecordedTape
-
-Scale = PyTree[Float[Array, ""]]
-
-
-def largest(tree: PyTree[Array]) -> Scale:
-    """The largest absolute value in each leaf."""
-    return jtu.tree_map(lambda x: jnp.max(jnp.abs(x), initial=0), tree)
-
-
-def largest_of_pair(scheme: Scheme, pair: Pair) -> Scale:
-    decoded = scheme.decode(pair)
-    return jtu.tree_map(jnp.maximum, largest(decoded.y), largest(decoded.z))
+from ._psi import Psi
+from ._setup import Setup
+from ._tape import Record, Tape
 
 
 def wide(x: Array) -> Array:
@@ -65,28 +57,40 @@ class Carry(eqx.Module):
     """For each observation, how many of its `ts` are still to be pulled back."""
     scale: Scale
     """The largest size of the state met so far, per leaf."""
+    round_trips: list[Float[Array, ""]]
+    """The largest error of a round trip met so far, per leaf."""
 
 
 class _Differentiated:
-    """Evaluates `fn(parameters, y) -> (increment, dense_info)` once, keeping both the
-    values and the pull-back."""
+    """Evaluates an increment once, keeping its value, pull-back and argument."""
 
-    def __init__(self, fn: Callable[[PyTree, State], Any], parameters: PyTree):
-        self._fn = fn
-        self._parameters = parameters
+    def __init__(self, psi: Psi, t0: Time, t1: Time):
+        self._psi, self._times = psi, (t0, t1)
 
     def __call__(self, y: State) -> State:
-        def split(parameters, y):
-            increment, dense_info = self._fn(parameters, y)
-            inexact, rest = eqx.partition(dense_info, eqx.is_inexact_array)
-            return (increment, inexact), rest
-
         self.argument = y
-        (self.increment, inexact), self.pull, rest = jax.vjp(
-            split, self._parameters, y, has_aux=True
-        )
-        self.dense_info = eqx.combine(inexact, rest)
+        self.core = self._psi.core(*self._times, y)
+        self.increment, self._for_dense = self.core.value
+        self._pull_dense: Callable | None = None
         return self.increment
+
+    def dense_info(self) -> PyTree[Array]:
+        """The base's dense output of the step."""
+        if not self._psi.dense:
+            return None
+        evaluation = self._psi.dense_info(*self._times, self.argument, self.core)
+        self._pull_dense = evaluation.pull
+        return eqx.combine(evaluation.value, evaluation.other)
+
+    def pull(self, ct_increment: State, ct_dense_info: PyTree[Array]) -> tuple:
+        """The cotangents of parameters and argument, from that of the increment, which
+        must have been evaluated, and of dense output, `None` for that never read."""
+        ct_value = ct_increment, zeros_like_inexact(self._for_dense)
+        if self._pull_dense is None or ct_dense_info is None:
+            return self.core.pull(ct_value)[0]
+        ct_p, ct_y, ct = self._pull_dense(ct_dense_info)[0]
+        ct_p_core, ct_y_core = self.core.pull(add_trees(ct_value, ct))[0]
+        return add_trees(ct_p_core, ct_p), add_trees(ct_y_core, ct_y)
 
 
 class Lane(eqx.Module):
@@ -98,18 +102,19 @@ class Lane(eqx.Module):
     """
 
     scheme: Scheme
-    tape: AbstractTape
+    tape: Tape
     t0: Time
     trivial: Bool[Array, ""]
     """Whether `t0 == t1`."""
     base_interpolation_cls: Callable = eqx.field(static=True)
+    error: bool = eqx.field(static=True)
     dense: bool = eqx.field(static=True)
     observations: list[Observation]
     diff: tuple[AbstractIncrement, list[Callable]]
     nondiff: tuple[AbstractIncrement, list[Callable]]
 
     def last_of(self, num_steps: Index) -> tuple[Index, Time, Time]:
-        return self.tape.last_of(num_steps, self.t0)
+        return self.tape.times.last_of(num_steps, self.t0)
 
     def size(self, pair: Pair) -> Scale:
         return largest_of_pair(self.scheme, pair)
@@ -119,10 +124,25 @@ class Lane(eqx.Module):
         decoded = self.scheme.decode(pair)
         return jax.vjp(self.scheme.coupling.readout, decoded)[1](ct_readout)[0]
 
-    def pull_mix(self, ct_mixed: Pair, pair0: Pair) -> Pair:
+    def unmix(self, pair: Pair, index: Index) -> Pair:
+        """(BC)."""
+        steps = self.tape.plan.steps_before + index
+        return self.scheme.unmix(pair, steps, lambda: self.tape.shed_bits(index))
+
+    def pull_mix(self, ct_mixed: Pair, pair0: Pair, index: Index) -> Pair:
         """(TC)."""
-        decoded = self.scheme.decode(pair0)
-        return jax.vjp(self.scheme.coupling.mix, decoded)[1](ct_mixed)[0]
+        steps = self.tape.plan.steps_before + index
+        mix = lambda pair: self.scheme.mix_states(pair, steps)
+        return jax.vjp(mix, self.scheme.decode(pair0))[1](ct_mixed)[0]
+
+    def restart(
+        self, pair0: Pair, index: Index, scale: Scale
+    ) -> tuple[Pair, list[Float[Array, ""]]]:
+        """The kept pair in the place of a reconstructed one, where there is one, and by
+        how much that was off."""
+        at, kept = self.tape.kept_pair(index, pair0)
+        errors = round_trip(self.scheme, pair0, kept, scale)
+        return kept, [jnp.where(at, x, 0) for x in errors]
 
     def ends(self, pair0: Pair, pair1: Pair, z, increment, dense_info) -> StepEnds:
         readout0, readout1 = self.scheme.readout(pair0), self.scheme.readout(pair1)
@@ -133,7 +153,7 @@ class Lane(eqx.Module):
         return zip(self.observations, fns, num_ts, strict=True)
 
     def _add_readouts(self, pair: Pair, pulled: list) -> tuple[list[PyTree], Pair]:
-        ct_pair = zeros_like_inexact(pair)
+        ct_pair = zeros_like_inexact(self.scheme.decode(pair))
         for _, ct_readout in pulled:
             ct_pair = add_trees(ct_pair, self.pull_readout(ct_readout, pair))
         return [ct_fn for ct_fn, _ in pulled], ct_pair
@@ -164,7 +184,7 @@ class Lane(eqx.Module):
         self, num_ts: list[Index], index: Index, t0: Time, t1: Time, ends: StepEnds
     ) -> tuple[list[Index], list[PyTree], StepEnds]:
         """Pulls back all that was saved during a step."""
-        previous_end = self.tape.end(jnp.maximum(index - 1, 0))
+        previous_end = self.tape.times.previous_end(index)
         ct_ends_total = zeros_like_inexact(ends)
         num_ts_before, ct_fns = [], []
         for observation, fn, j in self._observed(num_ts):
@@ -186,7 +206,7 @@ class Lane(eqx.Module):
 def make_lane(
     parameters: tuple[AbstractIncrement, list[Callable]],
     setup: Setup,
-    recorded: RecordedTape | None,
+    record: Record,
     ct_ys: list[PyTree],
     trivial: Any,
     perturbed: PyTree[bool],
@@ -195,10 +215,11 @@ def make_lane(
     diff, nondiff = eqx.partition(parameters, perturbed)
     return Lane(
         scheme=setup.scheme,
-        tape=tape_of(setup, recorded),
+        tape=tape_of(setup, record),
         t0=setup.t0,
         trivial=trivial,
         base_interpolation_cls=setup.base_interpolation_cls,
+        error=setup.error,
         dense=setup.dense,
         observations=[
             Observation(sub, ct) for sub, ct in zip(setup.subs, ct_ys, strict=True)
@@ -237,18 +258,19 @@ class Walk(eqx.Module):
         )
         return self.each(choose, num_steps, new, old)
 
-    def _psi(self, t0: Time, t1: Time, dense: bool) -> Callable:
-        """`Psi_{t1 - t0}(t0, .)` of the differentiated parameters and a state."""
-        nondiff, _ = self.lane.nondiff
-
-        def one(p, q, t0, t1, y):
-            out = eqx.combine(p, q)(t0, t1, y, error=False, dense=dense)
-            return out.increment, out.dense_info
-
-        if self.axes is not None:
-            in_axes = (self.axes.diff[0], self.axes.nondiff[0], 0, 0, eqx.if_array(0))
-            one = eqx.filter_vmap(one, in_axes=in_axes, axis_name=self.axis_name)
-        return lambda p, y: one(p, nondiff, t0, t1, y)
+    @property
+    def psi(self) -> Psi:
+        """The increment, of all lanes."""
+        lane, axes = self.lane, self.axes
+        return Psi(
+            lane.diff[0],
+            lane.nondiff[0],
+            None if axes is None else (axes.diff[0], axes.nondiff[0]),
+            self.axis_name,
+            lane.scheme.arithmetic.exact,
+            lane.error,
+            lane.dense,
+        )
 
     def add_fns(self, ct_fns: list[PyTree], new: list[PyTree]) -> list[PyTree]:
         """Adds cotangents of the saved functions, of those leaves that have any."""
@@ -262,14 +284,16 @@ class Walk(eqx.Module):
         return add_trees(ct_fns, new)
 
     def __call__(self, carry: Carry) -> Carry:
-        scheme, (diff_increment, _) = self.lane.scheme, self.lane.diff
         if_active = ft.partial(self._keep_if_done, carry.num_steps)
         index, t0, t1 = self.each(Lane.last_of, carry.num_steps)
-        forward = _Differentiated(self._psi(t0, t1, self.lane.dense), diff_increment)
-        backward = _Differentiated(self._psi(t1, t0, False), diff_increment)
-        pair0 = undo_step(scheme, carry.pair, forward, backward)  # (B2, B1, BC)
+        forward = _Differentiated(self.psi, t0, t1)
+        backward = _Differentiated(self.psi, t1, t0)
+        unmix = lambda pair: self.each(Lane.unmix, pair, index)
+        pair0 = undo_step(
+            self.lane.scheme, carry.pair, forward, backward, unmix
+        )  # (B2, B1, BC)
 
-        values = forward.argument, forward.increment, forward.dense_info
+        values = forward.argument, forward.increment, forward.dense_info()
         ends = self.each(Lane.ends, pair0, carry.pair, *values)
         num_ts, *ct_outputs = self.each(
             Lane.pull_outputs, carry.num_ts, index, t0, t1, ends
@@ -278,23 +302,26 @@ class Walk(eqx.Module):
         (ct_fns, ct_ends), ct = if_active((ct_outputs, carry.ct_pair), nothing)
 
         ct = add_trees(ct, self.each(Lane.pull_readout, ct_ends.readout1, carry.pair))
-        ct_p_backward, ct_y = backward.pull((jtu.tree_map(jnp.negative, ct.z), None))
+        ct_p_backward, ct_y = backward.pull(jtu.tree_map(jnp.negative, ct.z), None)
         ct_y = add_trees(ct.y, ct_y)  # (T2)
         ct_increment = add_trees(ct_y, ct_ends.increment)
-        ct_p_forward, ct_z = forward.pull((ct_increment, ct_ends.base_dense_info))
+        ct_p_forward, ct_z = forward.pull(ct_increment, ct_ends.base_dense_info)
         ct_z = add_trees(ct.z, add_trees(ct_z, ct_ends.z))  # (T1)
-        ct = self.each(Lane.pull_mix, Pair(ct_y, ct_z), pair0)  # (TC)
+        ct = self.each(Lane.pull_mix, Pair(ct_y, ct_z), pair0, index)  # (TC)
         ct = add_trees(ct, self.each(Lane.pull_readout, ct_ends.readout0, pair0))
 
         ct_parameters, ct_fns_total = carry.ct_parameters
         for ct_p in (ct_p_backward, ct_p_forward):
             ct_parameters = add_trees(ct_parameters, ct_p)
         scale = jtu.tree_map(jnp.maximum, carry.scale, self.each(Lane.size, pair0))
-        old = carry.pair, carry.ct_pair, carry.num_ts, carry.scale
-        pair, ct_pair, num_ts, scale = if_active((pair0, ct, num_ts, scale), old)
+        pair0, errors = self.each(Lane.restart, pair0, index, scale)
+        errors = jtu.tree_map(jnp.maximum, carry.round_trips, errors)
+        new = pair0, ct, num_ts, scale, errors
+        old = carry.pair, carry.ct_pair, carry.num_ts, carry.scale, carry.round_trips
+        pair, ct_pair, num_ts, scale, errors = if_active(new, old)
         num_steps = jnp.maximum(carry.num_steps - 1, 0)
         ct_parameters = (ct_parameters, self.add_fns(ct_fns_total, ct_fns))
-        return Carry(num_steps, pair, ct_pair, ct_parameters, num_ts, scale)
+        return Carry(num_steps, pair, ct_pair, ct_parameters, num_ts, scale, errors)
 
 
 def sum_over_lanes(ct: PyTree[Array], axes: PyTree[int | None]) -> PyTree[Array]:
@@ -315,23 +342,17 @@ def walk_back(walk: Walk, carry: Carry) -> Carry:
 
 
 def walk_back_without_cotangents(
-    scheme: Scheme,
-    increment: AbstractIncrement,
-    tape: AbstractTape,
-    t0: Time,
-    pair1: Pair,
-    num_steps: Index,
+    lane: Lane, psi: Psi, pair1: Pair, num_steps: Index
 ) -> Pair:
     """Undoes all the steps: the reconstructed initial pair."""
 
     def undo(carry):
         num_steps, pair = carry
-        _, start, end = tape.last_of(num_steps, t0)
-        psi = lambda ta, tb, y: increment(ta, tb, y, error=False, dense=False).increment
-        pair = undo_step(
-            scheme, pair, lambda z: psi(start, end, z), lambda y: psi(end, start, y)
-        )
-        return num_steps - 1, pair
+        index, t0, t1 = lane.last_of(num_steps)
+        forward = lambda z: psi.core(t0, t1, z).value[0]
+        backward = lambda y: psi.core(t1, t0, y).value[0]
+        unmix = lambda pair: lane.unmix(pair, index)
+        return num_steps - 1, undo_step(lane.scheme, pair, forward, backward, unmix)
 
     _, pair0 = lax.while_loop(lambda c: c[0] > 0, undo, (num_steps, pair1))
     return pair0

@@ -1,13 +1,14 @@
 """The certificate of a backward pass: it must arrive where the forward pass began.
 
-The pair at t0 is known. With `d` the reconstructed pair minus the true one and `s` the
-largest size that the state had at any step, both per leaf of the state, the round trip
-is off by
+The pair at t0 is known, and so are those kept to restart from. With `d` the
+reconstructed pair minus the true one and `s` the largest size that the state had at any
+step, both per leaf of the state, the round trip is off by
 
     (E)    max over leaves and twins of  max|d| / s
 
-which must not exceed a tolerance. By default that is the square root of the state's
-machine epsilon `eps` (3.5e-4 in single precision, 1.5e-8 in double): half the digits.
+which must not exceed a tolerance. In exact arithmetic that is zero by default: one bit
+is an error. In floating point it is the square root of the state's machine epsilon
+`eps` (3.5e-4 in single precision, 1.5e-8 in double): half the digits.
 Of leaves of different precision the coarsest counts, since it disturbs the others.
 
 A leaf may hold nothing but the round-off of others, such as an invariant that should be
@@ -25,21 +26,32 @@ from collections.abc import Sequence
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
-from ._backward import Lane, Scale, largest
 from ._coupling import Pair
 from ._pair import Scheme
+
+Scale = PyTree[Float[Array, ""]]
 
 _SMALLEST_DECADE = -17
 _DECADES = range(_SMALLEST_DECADE, 3)
 
 
-def round_trip(scheme: Scheme, reconstructed: Pair, true: Pair) -> Pair:
-    """The reconstructed minus the true pair, decoded."""
-    a, b = scheme.decode(reconstructed), scheme.decode(true)
-    # An infinity that is found again is no error.
-    return jtu.tree_map(lambda x, y: jnp.where(x == y, 0, x - y), a, b)
+def largest(tree: PyTree[Array]) -> Scale:
+    """The largest absolute value in each leaf."""
+    return jtu.tree_map(lambda x: jnp.max(jnp.abs(x), initial=0), tree)
+
+
+def largest_of_pair(scheme: Scheme, pair: Pair) -> Scale:
+    decoded = scheme.decode(pair)
+    return jtu.tree_map(jnp.maximum, largest(decoded.y), largest(decoded.z))
+
+
+def round_trip(
+    scheme: Scheme, reconstructed: Pair, true: Pair, scale: Scale
+) -> list[Float[Array, ""]]:
+    """(E) of each leaf."""
+    return relative_size(scheme.difference(reconstructed, true), scale)
 
 
 def relative_size(difference: Pair, scale: Scale) -> list[Float[Array, ""]]:
@@ -52,7 +64,9 @@ def relative_size(difference: Pair, scale: Scale) -> list[Float[Array, ""]]:
 
     def ratio(d, s):
         s = jnp.maximum(s, 64 * tolerance * overall)  # (M)
-        return jnp.where(d == 0, 0, d / jnp.where(s == 0, 1, s))  # (E)
+        ratio = jnp.where(d == 0, 0, d / jnp.where(s == 0, 1, s))  # (E)
+        # As precise as there is: a single bit is very little, and not zero.
+        return ratio.astype(jnp.result_type(float))
 
     sizes = jtu.tree_leaves(sizes)
     return [ratio(d, s) for d, s in zip(sizes, scales, strict=True)]
@@ -62,33 +76,54 @@ def default_tolerance(leaves: Sequence[Array]) -> float:
     return math.sqrt(max(float(jnp.finfo(x.dtype).eps) for x in leaves))
 
 
-def _messages(tolerance: float | None) -> list[str]:
-    stated = (
-        "its default, the square root of the state's machine epsilon"
-        if tolerance is None
-        else f"{tolerance:g}"
-    )
-    remedy = (
-        "The gradient would be wrong, so it is withheld. Reversing amplifies round-off "
-        "by 1/coupling_parameter at each step, and by exp(|alpha|*T) on a contracting "
-        "flow. To lose less: a coupling parameter closer to 1 "
-        "(`reversax.McCallumFoster(coupling_parameter=...)`), fewer steps, or 64-bit "
-        "states (`jax.config.update('jax_enable_x64', True)`); or use "
-        "`adjoint=diffrax.RecursiveCheckpointAdjoint()` with the same solver. "
-        "`reversax.round_trip_error` measures the loss without a gradient. To accept "
-        "it, pass `ReversibleAdjoint(round_trip_tolerance=...)`, or `math.inf` there "
-        "not to check."
-    )
+_INEXACT_REMEDY = (
+    "The gradient would be wrong, so it is withheld. Reversing amplifies round-off by "
+    "1/coupling_parameter (`reversax.McCallumFoster`) or 2**(1/halve_every) "
+    "(`reversax.Symmetric`) at each step, and by exp(|alpha|*T) on a contracting flow. "
+    "To lose nothing: `arithmetic=reversax.FixedPoint()` with `reversax.Symmetric()`, "
+    "the default of `reversax.Reversible`. To lose less: restart from kept states more "
+    "often (`ReversibleAdjoint(restart_every=...)`), a weaker coupling (a coupling "
+    "parameter closer to 1), fewer steps, or 64-bit states "
+    "(`jax.config.update('jax_enable_x64', True)`); or use "
+    "`adjoint=diffrax.RecursiveCheckpointAdjoint()` with the same solver. "
+    "`reversax.round_trip_error` measures the loss without a gradient. To accept it, "
+    "pass `ReversibleAdjoint(round_trip_tolerance=...)`, or `math.inf` there not to "
+    "check."
+)
+_EXACT_REMEDY = (
+    "The gradient may be wrong, so it is withheld. In fixed-point arithmetic not one "
+    "bit may differ, so the vector field did not return the same values twice for the "
+    "same arguments. Does it read anything but `t`, `y` and `args` (a Python variable "
+    "that changes, a callback to the host, random numbers without a key)? Then pass "
+    "that through `args`. Does the device compute sums in no fixed order? Then choose "
+    "deterministic operations (`XLA_FLAGS=--xla_gpu_deterministic_ops=true`). To "
+    "accept a difference, pass `ReversibleAdjoint(round_trip_tolerance=...)`, or "
+    "`math.inf` there not to check."
+)
+
+
+def _messages(tolerance: float | None, exact: bool) -> list[str]:
+    if tolerance is not None:
+        stated = f"{tolerance:g}"
+    elif exact:
+        stated = "its default for exact arithmetic, zero"
+    else:
+        stated = "its default, the square root of the state's machine epsilon"
+    remedy = _EXACT_REMEDY if exact else _INEXACT_REMEDY
     subject = (
         "`diffrax.diffeqsolve(..., adjoint=reversax.ReversibleAdjoint())`: the "
-        "backward pass did not find the initial state again. Its round trip is off by "
+        "backward pass did not find the initial state again (nor one kept to restart "
+        "from). Its round trip is off by "
     )
     tail = f"of the state's largest size, and the tolerance is {stated}. {remedy}"
     sizes = [f"between 1e{k:+03d} and 1e{k + 1:+03d} {tail}" for k in _DECADES]
+    sizes[0] = f"less than 1e{_SMALLEST_DECADE + 1:+03d} {tail}"
     sizes[-1] = f"more than 1e{_DECADES[-1]:+03d} {tail}"
     not_finite = (
         "a value that is not finite: the solution or its reconstruction overflowed. "
-        "If the solution itself did, take smaller steps. " + remedy
+        "If the solution itself did, take smaller steps"
+        + (", or give `reversax.FixedPoint(largest=...)` its size. " if exact else ". ")
+        + remedy
     )
     return [subject + size for size in [*sizes, not_finite]]
 
@@ -96,10 +131,8 @@ def _messages(tolerance: float | None) -> list[str]:
 def certificate(
     tolerance: float | None,
     throw: bool,
-    lane: Lane,
-    reconstructed: Pair,
-    true: Pair,
-    scale: Scale,
+    scheme: Scheme,
+    round_trips: list[Float[Array, ""]],
     final: Pair,
 ) -> Float[Array, ""]:
     """A zero to add to the gradient; getting it raises if (E) exceeds the tolerance.
@@ -110,19 +143,19 @@ def certificate(
     passing them all through the check would copy them.
     """
     zero = jnp.zeros((), jnp.float32)
-    sizes = relative_size(round_trip(lane.scheme, reconstructed, true), scale)
-    if tolerance == math.inf or len(sizes) == 0:
+    if tolerance == math.inf or len(round_trips) == 0:
         return zero
-    stated = (
-        default_tolerance(jtu.tree_leaves(scale)) if tolerance is None else tolerance
-    )
+    exact, decoded = scheme.arithmetic.exact, jtu.tree_leaves(scheme.decode(final))
+    stated = tolerance
+    if stated is None:
+        stated = 0.0 if exact else default_tolerance(decoded)
     # Phrased so that NaN fails.
-    failed = ~jnp.stack([x <= stated for x in sizes]).all()
-    finite = jnp.stack([jnp.isfinite(x).all() for x in jtu.tree_leaves(final)]).all()
+    failed = ~jnp.stack([x <= stated for x in round_trips]).all()
+    finite = jnp.stack([jnp.isfinite(x).all() for x in decoded]).all()
     if not throw:
         failed = failed & finite
-    index = _message_index(sizes)
-    zero = eqx.branched_error_if(zero, failed, index, _messages(tolerance))
+    index = _message_index(round_trips)
+    zero = eqx.branched_error_if(zero, failed, index, _messages(tolerance, exact))
     return jnp.where(finite, zero, jnp.nan)
 
 

@@ -4,10 +4,12 @@ Every name here has a canary in `tests/test_compat.py`, which says what the rest
 package relies on. When an upstream release breaks one, this file is where to mend it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import diffrax as dfx
 import equinox.internal as eqxi
+import jax.numpy as jnp
 
 # Diffrax's own integration loop, which every adjoint shares. It takes the keyword
 # arguments of `AbstractAdjoint.loop` less `throw` and the `passed_...` flags, plus
@@ -16,9 +18,13 @@ from diffrax._integrate import loop as integration_loop  # noqa: F401
 from equinox.internal import (
     nondifferentiable as nondifferentiable,
     prevbefore as prevbefore,
+    unvmap_any as unvmap_any,
     while_loop as while_loop,
 )
 from jaxtyping import Array, PyTree
+
+# Said by Optimistix, whose results Diffrax's extend.
+NONFINITE: Any = dfx.RESULTS.nonfinite
 
 
 def buffer_at_set(buffer: Any, index: Any, value: Any, *, pred: Any) -> Any:
@@ -30,22 +36,22 @@ def buffer_at_set(buffer: Any, index: Any, value: Any, *, pred: Any) -> Any:
 def replayed_end(
     controller: dfx.ConstantStepSize | dfx.StepTo,
     first_state: PyTree,
-    end: Any,
     index: Array,
-) -> Any:
+    multiply: Callable[[Array, Array], Array],
+) -> Array:
     """The end of step `index >= 1` that a controller without a memory prescribes.
 
-    Both controllers' states are a counter that grows by one with each step (alone for
-    `StepTo`, first of a tuple for `ConstantStepSize`), and both read the next end off
-    the counter, so any step's end follows from the state before the first step.
-    `end` only lends its dtype.
+    Written out again, not asked of the controller, so that the product may be computed
+    apart: whether a compiler contracts `a + b*c` to one rounding depends on what stands
+    around it, and two passes would disagree. `multiply(a, b)` is `a*b`.
     """
     if isinstance(controller, dfx.StepTo):
-        state: Any = first_state + index - 1
-    else:
-        counter, *rest = first_state
-        state = (counter + index - 1, *rest)
-    _, _, next_end, _, _, _ = controller.adapt_step_size(
-        end, end, None, None, None, None, None, state
-    )
-    return next_end
+        # The state counts the times given out: two before the first step is taken.
+        return controller.ts[first_state + index - 1]
+    # After `k` of `num_steps` steps the time is `t0 + (t1 - t0)*k/num_steps`. The state
+    # is `(k, num_steps, t0, t1)`; before the first step `k` is one.
+    first, num_steps, t0, t1 = first_state
+    k = first + index
+    dtype = jnp.result_type(t0, t1)
+    fraction = jnp.astype(k, dtype) / jnp.astype(num_steps, dtype)
+    return jnp.where(k == num_steps, t1, t0 + multiply(t1 - t0, fraction))

@@ -11,6 +11,7 @@ for an ODE) and `vf_prod(t, y, control)` the vector field applied to it,
 
 Backward steps are the same formulas with `t1 < t0`. Only stages that some requested sum
 depends on are evaluated: without an error estimate or dense output Tsit5 takes 6.
+The stages behind (RK3) are evaluated first, by themselves.
 
 Every other explicit solver goes through its own `step`, begun afresh each time, since a
 state carried over from the other twin would belong to another point:
@@ -22,7 +23,7 @@ import abc
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
@@ -31,8 +32,9 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree, Real
 
+from ._arithmetic import State
+
 Time = Real[Array, ""] | np.ndarray | float
-State = PyTree[Array]
 
 
 class Advance(NamedTuple):
@@ -48,14 +50,39 @@ class Advance(NamedTuple):
     result: dfx.RESULTS
 
 
+class Core(NamedTuple):
+    """The part of an evaluation that reversing a step needs."""
+
+    increment: State
+    rest: PyTree[Any]
+    """What was met on the way: controls, stages, or whatever a solver returned."""
+
+
 class AbstractIncrement(eqx.Module):
-    """`Psi` of one base solver, for given terms and arguments."""
+    """`Psi` of one base solver, for given terms and arguments.
+
+    It is evaluated in two stages, of which the first is all that reversing a step
+    needs, and the second may be asked for in one pass and not in the other.
+    """
 
     @abc.abstractmethod
+    def core(self, t0: Time, t1: Time, y: State, *, extends: bool) -> Core:
+        """Evaluates `Psi_{t1 - t0}(t0, y)`; either sign of `t1 - t0` is allowed.
+
+        `extends` says whether the error estimate or dense output may be asked for.
+        """
+
+    @abc.abstractmethod
+    def extend(
+        self, t0: Time, t1: Time, y: State, core: Core, *, error: bool, dense: bool
+    ) -> Advance:
+        """Adds the error estimate and the dense output, as asked for."""
+
     def __call__(
         self, t0: Time, t1: Time, y: State, *, error: bool, dense: bool
     ) -> Advance:
-        """Evaluates `Psi_{t1 - t0}(t0, y)`; either sign of `t1 - t0` is allowed."""
+        core = self.core(t0, t1, y, extends=error or dense)
+        return self.extend(t0, t1, y, core, error=error, dense=dense)
 
     @abc.abstractmethod
     def close(self, t: Time, y: State) -> "AbstractIncrement":
@@ -150,39 +177,56 @@ class TableauIncrement(AbstractIncrement):
     tableau: Tableau = eqx.field(static=True)
     keeps_stages: bool = eqx.field(static=True)
 
-    def __call__(
-        self, t0: Time, t1: Time, y: State, *, error: bool, dense: bool
-    ) -> Advance:
-        tableau = self.tableau
-        with_stages = dense and self.keeps_stages
-        needed = tableau.stages_behind(
-            tableau.b,
-            tableau.e if error else None,
-            (1.0,) * len(tableau.b) if with_stages else None,
-        )
-        control = self.contr(t0, t1)
-        ks: dict[int, State] = {}
-        for i in sorted(needed):
-            stage_weights = tableau.a[i]
+    def _add_stages(
+        self,
+        ks: dict[int, State],
+        needed: frozenset[int],
+        t0: Time,
+        t1: Time,
+        y: State,
+        control: PyTree[Array],
+    ) -> None:
+        """Evaluates those of the needed stages that are not yet in `ks`."""
+        for i in sorted(needed - ks.keys()):
+            stage_weights = self.tableau.a[i]
             y_i = y
             if any(stage_weights):
                 y_i = _add(y, _weighted_sum(stage_weights, ks))  # (RK1)
-            c = tableau.c[i]
+            c = self.tableau.c[i]
             # Not t0 + 1*(t1 - t0), which may miss t1 by an ulp.
             t_i = t1 if c == 1 else (t0 if c == 0 else t0 + c * (t1 - t0))
             ks[i] = self.vf_prod(t_i, y_i, control)  # (RK2)
             _check_like_state(ks[i], y)
-        increment = _weighted_sum(tableau.b, ks)  # (RK3)
+
+    def core(self, t0: Time, t1: Time, y: State, *, extends: bool) -> Core:
+        ks: dict[int, State] = {}
+        control = self.contr(t0, t1)
+        needed = self.tableau.stages_behind(self.tableau.b)
+        self._add_stages(ks, needed, t0, t1, y, control)
+        increment = _weighted_sum(self.tableau.b, ks)  # (RK3)
+        return Core(increment, (control, ks) if extends else (None, {}))
+
+    def extend(
+        self, t0: Time, t1: Time, y: State, core: Core, *, error: bool, dense: bool
+    ) -> Advance:
+        tableau = self.tableau
+        control, ks = core.rest[0], dict(core.rest[1])
+        with_stages = dense and self.keeps_stages
+        needed = tableau.stages_behind(
+            tableau.e if error else None,
+            (1.0,) * len(tableau.b) if with_stages else None,
+        )
+        self._add_stages(ks, needed, t0, t1, y, control)
         estimate = None
         if error and tableau.e is not None:
             estimate = _weighted_sum(tableau.e, ks)  # (RK4)
         dense_info = None
         if dense:
-            dense_info = dict(y0=y, y1=_add(y, increment))
+            dense_info = dict(y0=y, y1=_add(y, core.increment))
             if with_stages:
                 stages = [ks[i] for i in range(len(tableau.b))]
                 dense_info["k"] = jtu.tree_map(lambda *k: jnp.stack(k), *stages)
-        return Advance(increment, estimate, dense_info, dfx.RESULTS.successful)
+        return Advance(core.increment, estimate, dense_info, dfx.RESULTS.successful)
 
     def close(self, t: Time, y: State) -> "TableauIncrement":
         contr = eqx.filter_closure_convert(self.contr, t, t)
@@ -196,13 +240,19 @@ class StepIncrement(AbstractIncrement):
 
     step: Callable
 
-    def __call__(
-        self, t0: Time, t1: Time, y: State, *, error: bool, dense: bool
-    ) -> Advance:
+    def core(self, t0: Time, t1: Time, y: State, *, extends: bool) -> Core:
         y1, estimate, dense_info, result = self.step(t0, t1, y)
         increment = jtu.tree_map(lambda a, b: a - b, y1, y)  # (S)
+        if not extends:
+            estimate, dense_info = None, None
+        return Core(increment, (estimate, dense_info, result))
+
+    def extend(
+        self, t0: Time, t1: Time, y: State, core: Core, *, error: bool, dense: bool
+    ) -> Advance:
+        estimate, dense_info, result = core.rest
         return Advance(
-            increment,
+            core.increment,
             estimate if error else None,
             dense_info if dense else None,
             result,

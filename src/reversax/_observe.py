@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree
 
-from ._increment import State, Time
+from ._arithmetic import State
+from ._coupling import Index
+from ._increment import Time
 from ._pair import StepEnds, TwinInterpolation, dense_info
-from ._tape import Index
 
 
 def is_subsaveat(x: Any) -> bool:
@@ -69,7 +70,7 @@ class Observation(eqx.Module):
         ct = _pull_fn(fn, t, readout, ct)
         if self.sub.steps == 0:
             return ct
-        return _where(num_steps % self.sub.steps != 0, ct, zeros)
+        return _where(jnp.asarray(num_steps % self.sub.steps != 0), ct, zeros)
 
     def pull_initial(
         self, fn: Callable, t0: Time, readout: State, trivial: Bool[Array, ""]

@@ -12,7 +12,15 @@ and, undone in the opposite order,
     (B1)   y  = y1 - Psi_{h}(t0, z)
     (BC)   (y0, z0) = unmix(y, z)
 
-(McCallum & Foster, arXiv 2410.11648, equations (4) and (5), with their coupling.)
+(McCallum & Foster, arXiv 2410.11648, equations (4) and (5), with their coupling.) All
+of these act on codes of states (`_arithmetic.py`), the increments on states.
+
+The increments do not quite cancel: their sum is what the step adds to the gap `y - z`,
+
+    (E)    e = Psi_{h}(t0, z) + Psi_{-h}(t1, y1)
+
+which is of order `h**(k + 1)` for a base of odd order `k`, `h**(k + 2)` for even, and
+`h J (y - z)` where the twins are already apart, with `J` the Jacobian of the field.
 
 Between the ends of a step, `theta` running from 0 to 1, the solution is the base's own
 interpolant `u` of its step from `z` plus the linear change of the difference between
@@ -33,9 +41,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._arithmetic import AbstractArithmetic
-from ._coupling import AbstractCoupling, Pair
-from ._increment import Advance, State, Time
+from ._arithmetic import AbstractArithmetic, FloatingPoint, State
+from ._coupling import AbstractCoupling, Index, Pair
+from ._increment import Advance, Time
 
 
 class Scheme(eqx.Module):
@@ -44,11 +52,39 @@ class Scheme(eqx.Module):
     coupling: AbstractCoupling
     arithmetic: AbstractArithmetic
 
+    @property
+    def sheds_every(self) -> int | None:
+        """At every how many steps a bit of each element of the state is shed."""
+        return self.coupling.halve_every if self.arithmetic.exact else None
+
     def decode(self, pair: Pair) -> Pair:
+        """The twins' states; or the cotangents of these, from those of a pair."""
         return Pair(self.arithmetic.decode(pair.y), self.arithmetic.decode(pair.z))
+
+    def cotangent(self, pair: Pair, ct: Pair) -> Pair:
+        """Undoes `decode` of cotangents, for those of `pair`."""
+        arithmetic = self.arithmetic
+        return Pair(
+            arithmetic.cotangent(pair.y, ct.y), arithmetic.cotangent(pair.z, ct.z)
+        )
 
     def readout(self, pair: Pair) -> State:
         return self.coupling.readout(self.decode(pair))
+
+    def mix(self, pair: Pair, index: Index) -> Pair:
+        return self.coupling.mix(self.arithmetic, pair, index)  # (C)
+
+    def unmix(self, pair: Pair, index: Index, shed_bits: Callable[[], Any]) -> Pair:
+        return self.coupling.unmix(self.arithmetic, pair, index, shed_bits)  # (BC)
+
+    def mix_states(self, pair: Pair, index: Index) -> Pair:
+        """(C) on decoded states; linear."""
+        return self.coupling.mix(FloatingPoint(), pair, index)
+
+    def difference(self, a: Pair, b: Pair) -> Pair:
+        """`a - b`, decoded."""
+        difference = self.arithmetic.difference
+        return Pair(difference(a.y, b.y), difference(a.z, b.z))
 
     def start(self, y0: State) -> Pair:
         """Both twins at `y0`."""
@@ -80,12 +116,14 @@ class Step(NamedTuple):
 def take_step(
     scheme: Scheme,
     pair0: Pair,
+    index: Index,
     forward: Callable[[State], Advance],
     backward: Callable[[State], Advance],
 ) -> Step:
-    """(C), (F1), (F2): `forward` is `Psi_h(t0, .)`, `backward` `Psi_{-h}(t1, .)`."""
+    """(C), (F1), (F2): `forward` is `Psi_h(t0, .)`, `backward` `Psi_{-h}(t1, .)`, and
+    `index` counts the accepted steps."""
     arithmetic = scheme.arithmetic
-    mixed = scheme.coupling.mix(pair0)  # (C)
+    mixed = scheme.mix(pair0, index)  # (C)
     z = arithmetic.decode(mixed.z)
     ahead = forward(z)
     y1 = arithmetic.add(mixed.y, ahead.increment)  # (F1)
@@ -99,6 +137,7 @@ def undo_step(
     pair1: Pair,
     forward: Callable[[State], State],
     backward: Callable[[State], State],
+    unmix: Callable[[Pair], Pair],
 ) -> Pair:
     """(B2), (B1), (BC): the pair that `take_step` started from.
 
@@ -107,7 +146,24 @@ def undo_step(
     arithmetic = scheme.arithmetic
     z = arithmetic.add(pair1.z, backward(arithmetic.decode(pair1.y)))  # (B2)
     y = arithmetic.subtract(pair1.y, forward(arithmetic.decode(z)))  # (B1)
-    return scheme.coupling.unmix(Pair(y, z))  # (BC)
+    return unmix(Pair(y, z))  # (BC)
+
+
+def error_estimate(step: Step, watches_gap: bool) -> State:
+    """What a controller should keep small: the base's estimate and (E), or one of them.
+
+    (E) is there if the coupling watches the gap or the base has no estimate. The gap
+    between the twins grows by (E) in this step. On a damped problem that is mostly the
+    parasitic mode, which the base's own estimate cannot see.
+    """
+    gap = jtu.tree_map(
+        lambda a, b: jnp.abs(a + b), step.forward.increment, step.backward.increment
+    )  # (E)
+    if step.forward.error is None:
+        return gap
+    if not watches_gap:
+        return step.forward.error
+    return jtu.tree_map(lambda e, g: jnp.abs(e) + g, step.forward.error, gap)
 
 
 class StepEnds(NamedTuple):
@@ -166,6 +222,7 @@ class TwinInterpolationFactory(eqx.Module):
     """
 
     base_cls: Callable[..., dfx.AbstractLocalInterpolation] = eqx.field(static=True)
+    cls: type[TwinInterpolation] = eqx.field(static=True, default=TwinInterpolation)
 
     def __call__(self, **kwargs) -> TwinInterpolation:
-        return TwinInterpolation(base_cls=self.base_cls, **kwargs)
+        return self.cls(base_cls=self.base_cls, **kwargs)

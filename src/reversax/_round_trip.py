@@ -3,14 +3,16 @@
 from typing import NamedTuple
 
 import diffrax as dfx
+import equinox as eqx
+import jax.tree_util as jtu
 from jaxtyping import Array, Int, PyTree
 
-from ._backward import walk_back_without_cotangents
-from ._certificate import round_trip
+from ._arithmetic import State
+from ._backward import Walk, make_lane, walk_back_without_cotangents
 from ._compat import nondifferentiable
 from ._coupling import Pair
-from ._forward import run, set_up, tape_of
-from ._increment import State
+from ._forward import run
+from ._setup import set_up
 
 _CALL = "`reversax.round_trip_error(...)`"
 _NO_DERIVATIVE = (
@@ -40,20 +42,27 @@ class _ThereAndBack(dfx.AbstractAdjoint):
             throw=throw,
             passed_solver_state=passed_solver_state,
             round_trip_tolerance=None,
+            restart_every=None,
         )
-        pair0, increment = nondifferentiable((pair0, increment), msg=_NO_DERIVATIVE)
-        final_state, aux_stats, recorded = run((pair0, increment, fns), setup)
-        num_steps = final_state.num_accepted_steps
-        reconstructed = walk_back_without_cotangents(
-            setup.scheme,
-            increment,
-            tape_of(setup, recorded),
-            setup.t0,
-            final_state.solver_state,
-            num_steps,
+        parts = nondifferentiable((pair0, increment), msg=_NO_DERIVATIVE)
+        pair0, increment = parts
+        # As for a gradient with respect to everything, so that the same is measured.
+        perturbed = jtu.tree_map(eqx.is_inexact_array, increment)
+        forward = run((pair0, increment, fns), setup, perturbed=perturbed)
+        no_outputs = [None for _ in fns]
+        lane = make_lane(
+            (increment, fns),
+            setup,
+            forward.record,
+            no_outputs,
+            False,
+            (perturbed, jtu.tree_map(lambda _: False, fns)),
         )
-        error = round_trip(setup.scheme, reconstructed, pair0)
-        return final_state, dict(aux_stats, round_trip_error=error)
+        num_steps = forward.final_state.num_accepted_steps
+        psi = Walk(lane, None, None).psi
+        reconstructed = walk_back_without_cotangents(lane, psi, forward.pair, num_steps)
+        error = setup.scheme.difference(reconstructed, pair0)
+        return forward.final_state, dict(forward.aux_stats, round_trip_error=error)
 
 
 def round_trip_error(

@@ -7,18 +7,22 @@ import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import PyTree
+from jaxtyping import Array, Bool, PyTree
 
-from ._arithmetic import AbstractArithmetic, FloatingPoint
-from ._coupling import AbstractCoupling, McCallumFoster, Pair
-from ._increment import AbstractIncrement, State, Time, make_increment
+from ._arithmetic import AbstractArithmetic, FixedPoint, FloatingPoint, State
+from ._compat import NONFINITE
+from ._coupling import AbstractCoupling, Index, Pair, Symmetric
+from ._increment import Advance, Time, make_increment
 from ._pair import (
     Scheme,
     StepEnds,
+    TwinInterpolation,
     TwinInterpolationFactory,
     dense_info,
+    error_estimate,
     take_step,
 )
+from ._psi import Psi
 
 _TWO_STATE_SOLVERS = (dfx.ReversibleHeun, dfx.LeapfrogMidpoint, dfx.SemiImplicitEuler)
 
@@ -98,27 +102,45 @@ def check_problem(
         )
 
 
+_DEFAULT_COUPLING = Symmetric()
+
+
+def is_finite(scheme: Scheme, pair: Pair) -> Bool[Array, ""]:
+    """Whether all of the pair is."""
+    leaves = jtu.tree_leaves(scheme.decode(pair))
+    return jnp.stack([jnp.array(True), *(jnp.isfinite(x).all() for x in leaves)]).all()
+
+
+class TwinState(eqx.Module):
+    """The state of a [`reversax.Reversible`][] solver."""
+
+    pair: Pair
+    """The twins, in their arithmetic."""
+    num_steps: Index
+    """How many steps were accepted."""
+
+
 def pair_step(
     scheme: Scheme,
-    increment: AbstractIncrement,
+    psi: Callable[..., Advance],
     t0: Time,
     t1: Time,
-    pair0: Pair,
+    state: TwinState,
     *,
     error: bool,
     dense: bool,
-) -> tuple[State, State | None, dict[str, Any], Pair, dfx.RESULTS]:
-    """A reversible step in the form that `diffrax.AbstractSolver.step` returns."""
+) -> tuple[TwinState, State | None, dict[str, Any], dfx.RESULTS]:
+    """A reversible step, its error estimate, dense output and result."""
     step = take_step(
         scheme,
-        pair0,
-        forward=lambda z: increment(t0, t1, z, error=error, dense=dense),
-        backward=lambda y: increment(t1, t0, y, error=False, dense=False),
+        state.pair,
+        state.num_steps,
+        forward=lambda z: psi(t0, t1, z, error=error, dense=dense),
+        backward=lambda y: psi(t1, t0, y, error=False, dense=False),
     )
-    y1 = scheme.readout(step.pair1)
     ends = StepEnds(
-        scheme.readout(pair0),
-        y1,
+        scheme.readout(state.pair),
+        scheme.readout(step.pair1),
         step.z,
         step.forward.increment,
         step.forward.dense_info,
@@ -128,7 +150,14 @@ def pair_step(
         result = behind  # Stays known at trace time wherever it is.
     else:
         result = dfx.RESULTS.where(dfx.is_okay(ahead), behind, ahead)
-    return y1, step.forward.error, dense_info(ends), step.pair1, result
+    estimate = error_estimate(step, scheme.coupling.watches_gap) if error else None
+    if error and scheme.arithmetic.exact:
+        # A controller that adapts rejects such a step.
+        estimate = jtu.tree_map(
+            lambda e, y: jnp.where(jnp.isnan(y), jnp.inf, e), estimate, ends.readout1
+        )
+    state = TwinState(step.pair1, state.num_steps + 1)
+    return state, estimate, dense_info(ends), result
 
 
 class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
@@ -143,7 +172,11 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
     Nor for multi-step methods: every step of the base is begun afresh, so a solver that
     remembers earlier steps is taken at its first one.
 
-    The order, the error estimate and the interpolation are those of the base. A step
+    The order is that of the base, and one more for a base of odd order under
+    [`reversax.Symmetric`][]. The interpolation is that of the base. So is the error
+    estimate, under [`reversax.Symmetric`][] with what the step adds to the gap between
+    the twins, which shows the parasitic mode of damped problems; it serves alone where
+    the base has no estimate. A step
     costs two evaluations of the base's increment: `2*s` vector field evaluations for a
     tableau of `s` stages, and one more where the base's error estimate or its dense
     output needs a first-same-as-last stage.
@@ -153,22 +186,45 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
     """
 
     solver: dfx.AbstractSolver
-    coupling: AbstractCoupling = McCallumFoster()
-    arithmetic: AbstractArithmetic = FloatingPoint()
+    coupling: AbstractCoupling
+    arithmetic: AbstractArithmetic
+
+    def __init__(
+        self,
+        solver: dfx.AbstractSolver,
+        coupling: AbstractCoupling = _DEFAULT_COUPLING,
+        arithmetic: AbstractArithmetic | None = None,
+    ):
+        self.solver = solver
+        self.coupling = coupling
+        if arithmetic is None:
+            halves = getattr(coupling, "halve_every", None) is not None
+            arithmetic = FixedPoint() if halves else FloatingPoint()
+        self.arithmetic = arithmetic
 
     def __check_init__(self):
         _check_base(self.solver)
-        for name, cls in (
-            ("coupling", AbstractCoupling),
-            ("arithmetic", AbstractArithmetic),
+        for name, cls, example in (
+            ("coupling", AbstractCoupling, "Symmetric"),
+            ("arithmetic", AbstractArithmetic, "FixedPoint"),
         ):
             value = getattr(self, name)
             if not isinstance(value, cls):
                 raise TypeError(
                     f"`reversax.Reversible(..., {name}=...)` got {value!r}, which is "
                     f"no {name}. Pass one from reversax, such as "
-                    f"`reversax.{type(_DEFAULTS[name]).__name__}()`."
+                    f"`reversax.{example}()`."
                 )
+        if self.arithmetic.exact and self.coupling.halve_every is None:
+            raise ValueError(
+                "`reversax.Reversible(..., coupling=reversax.McCallumFoster(...), "
+                "arithmetic=reversax.FixedPoint(...))`: each of its steps multiplies "
+                "one twin by the coupling parameter, which loses a fraction of a bit "
+                "that would have to be kept for every element and step, and leaves a "
+                "remainder. Use `coupling=reversax.Symmetric()`, whose halvings lose "
+                "whole bits and which is stable on damped problems too; or "
+                "`arithmetic=reversax.FloatingPoint()` for the published method."
+            )
 
     @property
     def scheme(self) -> Scheme:
@@ -199,82 +255,117 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
         return TwinInterpolationFactory(self.solver.interpolation_cls)
 
     def order(self, terms):
-        return self.solver.order(terms)
+        order = self.solver.order(terms)
+        return None if order is None else self.coupling.order(order)
 
     def strong_order(self, terms):
         return self.solver.strong_order(terms)
 
     def error_order(self, terms):
-        return self.solver.error_order(terms)
+        order = self.solver.order(terms)
+        if isinstance(self.solver, dfx.AbstractAdaptiveSolver) or order is None:
+            return self.solver.error_order(terms)
+        return order + 2 - order % 2  # Of (E) alone.
 
     def func(self, terms, t0, y0, args):
         return self.solver.func(terms, t0, y0, args)
 
-    def init(self, terms, t0, t1, y0, args) -> Pair:
+    def init(self, terms, t0, t1, y0, args) -> TwinState:
         del t0, t1, args
         check_problem(self, terms, y0)
-        return self.scheme.start(y0)
+        return TwinState(self.scheme.start(y0), jnp.zeros((), jnp.int32))
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         del made_jump  # Nothing is carried over from the previous step.
-        increment = make_increment(self.solver, terms, args)
-        pair0 = self.scheme.rebase(solver_state, y0)
-        return pair_step(self.scheme, increment, t0, t1, pair0, error=True, dense=True)
+        scheme, increment = self.scheme, make_increment(self.solver, terms, args)
+        pair0 = scheme.rebase(solver_state.pair, y0)
+        state, error, dense_info, result = pair_step(
+            scheme,
+            increment,
+            t0,
+            t1,
+            TwinState(pair0, solver_state.num_steps),
+            error=True,
+            dense=True,
+        )
+        if scheme.arithmetic.exact:
+            # (Diffrax drops the result of a step that is rejected.)
+            finite = is_finite(scheme, state.pair)
+            result = dfx.RESULTS.where(finite, result, NONFINITE)
+        return scheme.readout(state.pair), error, dense_info, state, result
 
-
-_DEFAULTS = dict(coupling=McCallumFoster(), arithmetic=FloatingPoint())
 
 Reversible.__init__.__doc__ = """**Arguments:**
 
 - `solver`: the base, any explicit one-step Diffrax solver. Runge-Kutta tableaus
     (`diffrax.Euler` and every `diffrax.AbstractERK`) take a fast path with unrolled
     stages; any other goes through its own `step`, begun afresh at each step.
-- `coupling`: how the twins are mixed, [`reversax.McCallumFoster`][] by default.
-- `arithmetic`: the numbers of the twins, [`reversax.FloatingPoint`][] by default.
+- `coupling`: how the twins are mixed, [`reversax.Symmetric`][] by default.
+- `arithmetic`: the numbers of the twins, by default [`reversax.FixedPoint`][], and
+    [`reversax.FloatingPoint`][] for [`reversax.McCallumFoster`][], which allows no
+    other.
 
 **Raises:** `ValueError` for an implicit base and for one that already advances two
 states (`ReversibleHeun`, `LeapfrogMidpoint`, `SemiImplicitEuler`, `Reversible`).
-`TypeError` for anything that is no solver, coupling or arithmetic. When a solve begins:
+`TypeError` for anything that is no solver, coupling or arithmetic. `ValueError` for
+`FixedPoint` with `McCallumFoster`. When a solve begins:
 `TypeError` for a state that is not of real floating-point arrays, `ValueError` for
 `UnsafeBrownianPath` and for an Ito base on a stochastic equation.
 """
 
 
+class Interpolated(eqx.Module):
+    """A value between the ends of a step, in the place of a pair at an end."""
+
+    y: State
+
+
+class ClosedInterpolation(TwinInterpolation):
+    """`TwinInterpolation` in a loop whose state is the pair."""
+
+    def evaluate(self, t0, t1=None, left: bool = True) -> Any:
+        return Interpolated(super().evaluate(t0, t1, left))
+
+
 class ClosedSolver(dfx.AbstractSolver):
     """The same step for the adjoint's own loop, where terms and arguments are already
-    inside the increment and it is known whether error and dense output are wanted."""
+    inside the increment and it is known whether error and dense output are wanted.
+
+    The loop's state is the pair, and the solver's how many steps were accepted.
+    """
 
     scheme: Scheme
-    increment: AbstractIncrement
+    psi: Psi
     base_interpolation_cls: Callable[..., dfx.AbstractLocalInterpolation] = eqx.field(
         static=True
     )
     known_error_order: Any
-    error: bool = eqx.field(static=True)
-    dense: bool = eqx.field(static=True)
 
     term_structure: ClassVar = dfx.AbstractTerm
 
     @property
     def interpolation_cls(self):
-        return TwinInterpolationFactory(self.base_interpolation_cls)
+        return TwinInterpolationFactory(
+            self.base_interpolation_cls, ClosedInterpolation
+        )
 
     def error_order(self, terms):
         return self.known_error_order
 
-    def init(self, terms, t0, t1, y0, args) -> Pair:
-        return self.scheme.start(y0)
+    def init(self, terms, t0, t1, y0, args):
+        raise NotImplementedError  # Done before the loop begins.
 
     def func(self, terms, t0, y0, args):
         raise NotImplementedError  # Only asked for before the loop begins.
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-        return pair_step(
+        state, error, dense_info, result = pair_step(
             self.scheme,
-            self.increment,
+            self.psi,
             t0,
             t1,
-            solver_state,
-            error=self.error,
-            dense=self.dense,
+            TwinState(y0, solver_state),
+            error=self.psi.error,
+            dense=self.psi.dense,
         )
+        return state.pair, error, dense_info, state.num_steps, result

@@ -1,0 +1,215 @@
+"""Evaluations that give the same bits wherever they stand.
+
+XLA may compile one function differently in two programs, fusing it with what comes
+before and after, and round it differently. Undoing a step exactly needs the increment
+to the bit. So each evaluation is made a computation of its own:
+
+- It is one branch of a conditional on a predicate that is always true, but only known
+  at run time. Nothing is fused across its boundary. (Optimisation barriers and loops of
+  one trip do not isolate: XLA removes them before it fuses.)
+- Both passes compile the same branch. The backward pass needs residuals for the
+  pull-back; the forward pass computes them too, and both keep them alive by letting the
+  result depend on an element of each, else what is unused would be pruned. Residuals
+  that are merely inputs, parameters above all, are not returned from the branch (that
+  would copy them) but put in place outside.
+- Under `vmap` the predicate stays a single one; a batched conditional would become a
+  selection, which isolates nothing.
+"""
+
+import functools as ft
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.extend.core
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, Bool, PyTree
+
+
+def _not_nan(x: Array) -> Bool[Array, ""]:
+    # Not a property of bits, which the backend would see through. Nor is any property
+    # of a single lane: that one may have gone wrong.
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        x = lax.bitcast_convert_type(x, jnp.dtype(f"float{x.dtype.itemsize * 8}"))
+    return jnp.any(x == x)
+
+
+_run_time_true_p = jax.extend.core.Primitive("run_time_true")
+_run_time_true_p.def_impl(_not_nan)
+_run_time_true_p.def_abstract_eval(lambda x: jax.typeof(jnp.array(True)))
+mlir.register_lowering(
+    _run_time_true_p, mlir.lower_fun(_not_nan, multiple_results=False), cacheable=False
+)
+
+
+def _batch(args, dims):
+    # One for all lanes: the predicate does not become one for each.
+    return _run_time_true_p.bind(*args), None
+
+
+def _jvp(primals, tangents):
+    out = _run_time_true_p.bind(*primals)
+    return out, ad.Zero(jax.typeof(out).to_tangent_aval())
+
+
+batching.primitive_batchers[_run_time_true_p] = _batch
+ad.primitive_jvps[_run_time_true_p] = _jvp
+
+
+def run_time_true(x: Array) -> Bool[Array, ""]:
+    """True, but not to the compiler; one value for all lanes of a batch.
+
+    **Arguments:** `x`, only known at run time: a time (which is not NaN in all lanes),
+    or a count.
+    """
+    return _run_time_true_p.bind(jnp.asarray(x))
+
+
+class Evaluation(NamedTuple):
+    """What `fn(x, rest)` returned, a pair of a differentiable value and anything else,
+    and the pull-back from a cotangent of the value to one of `x`."""
+
+    value: PyTree[Array]
+    other: PyTree[Any]
+    pull: Callable[[PyTree[Array]], tuple[PyTree[Array]]]
+
+
+Function = Callable[[Any, Any], tuple[PyTree[Array], PyTree[Any]]]
+
+
+def evaluate(fn: Function, x: PyTree[Array], rest: PyTree) -> Evaluation:
+    """Evaluates `fn(x, rest)`, with `x` a tree of inexact arrays."""
+    value, pull, other = jax.vjp(lambda x: fn(x, rest), x, has_aux=True)
+    return Evaluation(value, other, pull)
+
+
+# What follows from a kept residual at no cost: not worth keeping as well.
+_CHEAP = frozenset(
+    {
+        *("add", "sub", "neg", "sign", "square", "integer_pow", "max", "min"),
+        *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "select_n"),
+        *("broadcast_in_dim", "expand_dims", "reshape", "squeeze", "transpose"),
+        *("convert_element_type", "copy"),
+    }
+)
+
+
+def _worth_keeping(primitive, *_, **__) -> bool:
+    return primitive.name not in _CHEAP
+
+
+def _thrifty(fn: Function) -> Function:
+    """`fn` with few residuals: those of an isolated evaluation are all written to
+    memory, in both passes."""
+
+    def of_both(x, rest):
+        few = jax.checkpoint(
+            lambda x: fn(x, rest), policy=_worth_keeping, prevent_cse=False
+        )
+        return few(x)
+
+    return of_both
+
+
+def _has_complex(jaxpr: Any) -> bool:
+    """Whether any variable is complex, in inner programs too."""
+    is_jaxpr = lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+    variables = [*jaxpr.invars, *jaxpr.constvars]
+    for equation in jaxpr.eqns:
+        variables += equation.outvars
+        for inner in jtu.tree_leaves(equation.params, is_leaf=is_jaxpr):
+            if is_jaxpr(inner) and _has_complex(getattr(inner, "jaxpr", inner)):
+                return True
+    dtypes = [getattr(v.aval, "dtype", None) for v in variables]
+    return any(d is not None and jnp.issubdtype(d, jnp.complexfloating) for d in dtypes)
+
+
+def evaluate_isolated(
+    fn: Function, x: PyTree[Array], rest: PyTree, run_time: Array
+) -> Evaluation:
+    """`evaluate(fn, x, rest)`, with the same bits wherever it stands.
+
+    **Arguments:** as for `evaluate`, with all that `fn` depends on in `x` and `rest`;
+    `run_time`, an array of numbers not known before run time, such as a time.
+    """
+    arrays, static = eqx.partition((x, rest), eqx.is_array)
+    operands, treedef = jtu.tree_flatten(arrays)
+    noted: list = []
+
+    def run(fn, *operands):
+        x, rest = eqx.combine(treedef.unflatten(operands), static)
+        evaluation = evaluate(fn, x, rest)
+        arrays, others = eqx.partition(evaluation, eqx.is_array)
+        leaves, leaves_treedef = jtu.tree_flatten(arrays)
+        # Tracers, so that what is the same is identical.
+        sources = [_position(leaf, operands) for leaf in leaves]
+        kinds = [jax.typeof(leaf).dtype for leaf in leaves]
+        noted.append((others, leaves_treedef, sources, kinds))
+        return [_raw(x) for x, i in zip(leaves, sources, strict=True) if i is None]
+
+    plain = eqx.filter_make_jaxpr(fn)(x, rest)[0]
+    # `jax.checkpoint` would repeat side effects, such as printing, and cannot keep
+    # complex numbers.
+    may_be_thrifty = not (plain.effects or _has_complex(plain.jaxpr))
+    traced = ft.partial(run, _thrifty(fn) if may_be_thrifty else fn)
+    jaxpr, shapes = jax.make_jaxpr(traced, return_shape=True)(*operands)
+    true = run_time_true(run_time)
+    new = lax.cond(
+        true,
+        jax.extend.core.jaxpr_as_fun(jaxpr),
+        lambda *_: [_nothing(x) for x in shapes],
+        *operands,
+    )
+    others, leaves_treedef, sources, kinds = noted[-1]
+    new = iter(_keep_alive(true, new))
+    leaves = [
+        _from_raw(next(new), kind) if i is None else operands[i]
+        for i, kind in zip(sources, kinds, strict=True)
+    ]
+    return eqx.combine(leaves_treedef.unflatten(leaves), others)
+
+
+def _nothing(like: jax.ShapeDtypeStruct) -> Array:
+    fill = jnp.nan if jnp.issubdtype(like.dtype, jnp.inexact) else 0
+    return jnp.full(like.shape, fill, like.dtype)
+
+
+def _position(x: Array, among: Sequence[Array]) -> int | None:
+    return next((i for i, y in enumerate(among) if x is y), None)
+
+
+def _keep_alive(true: Bool[Array, ""], xs: Sequence[Array]) -> list[Array]:
+    """`xs`, the first of them seeming to depend on all."""
+    xs = list(xs)
+    filled = [i for i, x in enumerate(xs) if x.size > 0]
+    if len(filled) > 1:
+        first, *others = filled
+        some = [xs[i].ravel()[0] for i in others]
+        token = sum(jnp.real(x).astype(xs[first].dtype) for x in some)
+        # A selection, since `0 * token` might be NaN.
+        xs[first] = jnp.where(true, xs[first], token)
+    return xs
+
+
+def _raw(x: Array) -> Array:
+    """`x`, if it is of random keys their bits."""
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(x) if is_key else x
+
+
+def _from_raw(raw: Array, dtype: Any) -> Array:
+    """Undoes `_raw`."""
+    if not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return raw
+    return jax.random.wrap_key_data(raw, impl=jax.random.key_impl(dtype))
+
+
+def isolated_product(a: Array, b: Array) -> Array:
+    """`a*b`, rounded to itself whatever is done with it. `b` is a run-time number."""
+    b = jnp.asarray(b)
+    nan = lambda a, b: jnp.full(jnp.shape(b), jnp.nan, b.dtype)
+    return lax.cond(run_time_true(b), lambda a, b: a * b, nan, a, b)

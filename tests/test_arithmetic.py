@@ -1,0 +1,204 @@
+"""Fixed-point numbers: what is added is taken back to the bit.
+
+The oracle is Python's integers, of any length.
+"""
+
+import math
+from fractions import Fraction
+
+import diffrax as dfx
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+import reversax as rvx
+
+FIXED = rvx.FixedPoint()
+DTYPES = {"float32": np.float32, "float64": np.float64}
+WORD = {np.float32: 32, np.float64: 64}
+by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+quickly = settings(max_examples=40, deadline=None)
+
+
+def integers(number):
+    """The integers `n` of (Q), as Python has them."""
+    high, low = np.asarray(number.high), np.asarray(number.low)
+    word = 8 * low.dtype.itemsize
+    pairs = zip(high.ravel(), low.ravel(), strict=True)
+    return [int(h) * 2**word + int(x) for h, x in pairs]
+
+
+def unit(dtype, arithmetic=FIXED):
+    """`q` of (Q)."""
+    exponent = arithmetic.exponent(dtype) + 1 - 2 * WORD[dtype]
+    return Fraction(2) ** exponent
+
+
+def arrays(dtype, largest=1e6):
+    width = 8 * np.dtype(dtype).itemsize
+    bound = float(dtype(largest))
+    return hnp.arrays(dtype, 5, elements=st.floats(-bound, bound, width=width))
+
+
+@by_dtype
+@quickly
+@given(data=st.data())
+def test_a_code_is_the_nearest_integer_and_its_value_the_nearest_float(dtype, data):
+    x = data.draw(arrays(dtype))
+    code = FIXED.encode(jnp.asarray(x))
+    assert code.low.dtype == f"uint{WORD[dtype]}"
+    for n, value, original in zip(integers(code), code.value, x, strict=True):
+        assert abs(n - Fraction(float(original)) / unit(dtype)) <= Fraction(1, 2)
+        exact = n * unit(dtype)
+        # Each word is rounded once, and their sum once more.
+        ulp = Fraction(float(np.spacing(np.abs(np.asarray(value)))))
+        assert abs(Fraction(float(value)) - exact) <= ulp
+
+
+@by_dtype
+@quickly
+@given(data=st.data())
+def test_sums_are_those_of_the_integers_and_undone_to_the_bit(dtype, data):
+    x, d = data.draw(arrays(dtype)), data.draw(arrays(dtype))
+    code, increment = FIXED.encode(jnp.asarray(x)), jnp.asarray(d)
+    total = FIXED.add(code, increment)
+    sums = [
+        a + b
+        for a, b in zip(integers(code), integers(FIXED.encode(increment)), strict=True)
+    ]
+    assert integers(total) == sums
+    again = FIXED.subtract(total, increment)
+    assert integers(again) == integers(code)
+    assert jnp.array_equal(again.value, code.value)
+
+
+@by_dtype
+@quickly
+@given(data=st.data())
+def test_a_halved_gap_is_doubled_to_the_bit_with_the_bit_it_shed(dtype, data):
+    y, z = (FIXED.encode(jnp.asarray(data.draw(arrays(dtype)))) for _ in range(2))
+    bits = FIXED.shed_bits(y, z)
+    assert bits.dtype == jnp.uint32 and jnp.all(bits <= 1)
+    halved_y, halved_z = FIXED.halve_gap(y, z)
+    for a, b, c, d in zip(*map(integers, (y, z, halved_y, halved_z)), strict=True):
+        assert a + b == c + d  # The mean stays.
+        assert abs((c - d) - Fraction(a - b, 2)) <= Fraction(3, 2)
+    again = FIXED.double_gap(halved_y, halved_z, bits)
+    for new, old in zip(again, (y, z), strict=True):
+        assert integers(new) == integers(old)
+    # The bit matters.
+    wrong = FIXED.double_gap(halved_y, halved_z, 1 - bits)
+    assert integers(wrong[0]) != integers(y)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0, 1e3, 1e6])
+def test_single_precision_states_from_1e_minus_6_to_1e6_keep_their_digits(size):
+    x = (size * np.linspace(0.5, 1.0, 1001)).astype(np.float32)
+    value = FIXED.decode(FIXED.encode(jnp.asarray(x)))
+    # Half a unit is 1.1e-13, an ulp of 5e-7 is 5.7e-14: four units in the last place
+    # at the smallest size, none from 1e-3 on.
+    ulps = np.abs(np.asarray(value) - x) / np.spacing(x)
+    assert ulps.max() <= (4 if size == 1e-6 else 0)
+
+
+def test_sums_of_many_small_increments_are_more_accurate_than_floats():
+    """An increment below an ulp of the state is not lost."""
+    steps, increment = 10_000, jnp.float32(1e-8)
+    add = jax.jit(lambda x: jax.lax.fori_loop(
+        0, steps, lambda _, c: FIXED.add(c, increment), FIXED.encode(x)
+    ))  # fmt: skip
+    assert abs(float(FIXED.decode(add(jnp.float32(1.0)))) - 1.0001) < 2e-7
+
+
+@by_dtype
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan, "too-large"])
+def test_what_leaves_the_range_is_nan_and_remains_so(dtype, bad):
+    if bad == "too-large":
+        bad = 2.0 ** FIXED.exponent(dtype)
+    good = FIXED.encode(jnp.array([1.0, 2.0], dtype))
+    spoilt = FIXED.add(good, jnp.array([bad, 0.0], dtype))
+    assert jnp.isnan(spoilt.value[0]) and spoilt.value[1] == 2
+    back = FIXED.add(spoilt, jnp.array([-1.0, 1.0], dtype))
+    assert jnp.isnan(back.value[0]) and back.value[1] == 3
+    assert jnp.isnan(FIXED.halve_gap(spoilt, good)[0].value[0])
+
+
+@by_dtype
+def test_an_increment_or_a_gap_beyond_the_range_is_not_taken_for_a_smaller_one(dtype):
+    """Though what it leads to lies within."""
+    arithmetic = rvx.FixedPoint(largest=1.0)
+    encode = lambda x: arithmetic.encode(jnp.asarray(x, dtype))
+    assert jnp.isnan(arithmetic.add(encode(-0.9), jnp.asarray(1.05, dtype)).value)
+    assert jnp.isnan(arithmetic.subtract(encode(0.9), jnp.asarray(1.05, dtype)).value)
+    apart = encode(0.75), encode(-0.75)
+    assert all(jnp.isnan(x.value) for x in arithmetic.halve_gap(*apart))
+    apart = encode(0.3), encode(-0.3)
+    bits = jnp.zeros((), jnp.uint32)
+    assert all(jnp.isnan(x.value) for x in arithmetic.double_gap(*apart, bits))
+
+
+def test_one_parameter_covers_other_ranges():
+    x = jnp.float32(3e8)
+    assert jnp.isnan(FIXED.decode(FIXED.encode(x)))
+    assert FIXED.exponent(np.float32) == 21
+    wide = rvx.FixedPoint(largest=1e9)
+    assert wide.exponent(np.float32) == 30
+    assert wide.decode(wide.encode(x)) == x
+    fine, tiny = rvx.FixedPoint(largest=1e-12), jnp.float32(3.3e-20)
+    assert abs(fine.decode(fine.encode(tiny)) - tiny) < 1e-6 * tiny
+
+
+@pytest.mark.parametrize("largest", [0, -1.0, math.inf, math.nan, "1", True], ids=repr)
+def test_a_range_that_is_none_is_refused(largest):
+    with pytest.raises(ValueError, match=r"FixedPoint\(largest=.*positive.*got"):
+        rvx.FixedPoint(largest=largest)
+
+
+def test_a_range_that_the_dtype_cannot_scale_is_refused():
+    with pytest.raises(ValueError, match=r"FixedPoint\(largest=1e\+30\).*float32"):
+        rvx.FixedPoint(largest=1e30).encode(jnp.float32(1.0))
+
+
+def test_differentiation_goes_straight_through():
+    def of(x, d):
+        y = FIXED.add(FIXED.encode(x), jnp.sin(d))
+        y, z = FIXED.halve_gap(y, FIXED.subtract(FIXED.encode(2 * x), d * x))
+        return FIXED.decode(y) + 3 * FIXED.decode(z)
+
+    def plain(x, d):
+        y, z = x + jnp.sin(d), 2 * x - d * x
+        c = (y - z) / 4
+        return (y - c) + 3 * (z + c)
+
+    at = (jnp.float64(0.7), jnp.float64(0.3))
+    for differentiate in (jax.grad, jax.jacfwd):
+        ours = differentiate(of, argnums=(0, 1))(*at)
+        exact = differentiate(plain, argnums=(0, 1))(*at)
+        assert jnp.allclose(jnp.stack(ours), jnp.stack(exact), rtol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+def test_half_precision_states_are_added_up_in_single(dtype):
+    code = FIXED.encode(jnp.ones(3, dtype))
+    assert code.low.dtype == jnp.uint32 and code.value.dtype == dtype
+    again = FIXED.subtract(FIXED.add(code, dtype(1e-4)), dtype(1e-4))
+    assert jnp.array_equal(again.low, code.low)
+    # Units are smaller than any number of half precision, but not nothing.
+    other = rvx.FixedPoint.add(FIXED, code, dtype(0))
+    other = type(code)(other.high, other.low + 1, other.value)
+    assert jnp.all(FIXED.difference(other, code) != 0)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, "4", True, None], ids=repr)
+def test_a_period_of_halvings_that_is_none_is_refused(value):
+    with pytest.raises(ValueError, match=r"Symmetric\(halve_every=.*integer.*got"):
+        rvx.Symmetric(halve_every=value)
+
+
+def test_fixed_point_with_the_published_coupling_is_refused_with_the_reason():
+    message = r"McCallumFoster.*FixedPoint.*fraction of a bit.*Symmetric"
+    with pytest.raises(ValueError, match=message):
+        rvx.Reversible(dfx.Euler(), rvx.McCallumFoster(), rvx.FixedPoint())

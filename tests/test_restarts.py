@@ -1,0 +1,97 @@
+"""In floating point the backward pass may restart from pairs that were kept."""
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+from programs import ARGS, CONTROLLED, DIRECT, Y0, agree, solve
+
+import reversax as rvx
+from reversax import _tape
+
+FLOATING = rvx.Reversible(dfx.Heun(), arithmetic=rvx.FloatingPoint())
+HOPELESS = dict(solver=FLOATING, dt0=0.002, max_steps=512)
+
+
+def loss(adjoint, args, **kwargs):
+    return jnp.sum(solve(adjoint, args=args, **(HOPELESS | kwargs)).ys ** 2)
+
+
+def test_restarts_make_exact_what_would_be_lost():
+    """500 steps of the symmetric coupling magnify round-off by 2**125."""
+    never = rvx.ReversibleAdjoint(restart_every=None)
+    with pytest.raises(eqx.EquinoxRuntimeError, match="did not find the initial state"):
+        eqx.filter_jit(jax.grad(lambda a: loss(never, a)))(ARGS)
+    often = rvx.ReversibleAdjoint(restart_every=8)
+    of = lambda adjoint: jax.grad(lambda a: loss(adjoint, a))(ARGS)
+    ours, direct = of(often), of(DIRECT)
+    for a, b in zip(ours, direct, strict=True):
+        # 2**(8/4) ulps, of increments and cotangents.
+        assert jnp.max(jnp.abs(a - b)) <= 1e-13 * jnp.max(jnp.abs(b))
+
+
+@pytest.mark.parametrize("batching", ["batched", "vmap"])
+@pytest.mark.parametrize("controlled", CONTROLLED)
+@pytest.mark.parametrize("restart_every", ["auto", 7])
+def test_every_way_of_stepping_and_batching(restart_every, controlled, batching):
+    def total(adjoint, args):
+        if adjoint is not DIRECT:
+            adjoint = rvx.ReversibleAdjoint(restart_every=restart_every)
+        kwargs = CONTROLLED[controlled]
+        run = lambda y0: solve(adjoint, y0, args, solver=FLOATING, **kwargs).ys
+        ys = run(Y0) if batching == "batched" else jax.vmap(run)(Y0)
+        return jnp.sum(ys**2)
+
+    agree(total, ARGS, bound=1e-13 if restart_every != "auto" else 1e-7)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["f32", "f64"])
+@pytest.mark.parametrize(
+    "coupling", [rvx.Symmetric(), rvx.Symmetric(1), rvx.McCallumFoster(0.9)], ids=repr
+)
+def test_the_number_chosen_keeps_the_tolerance_and_is_no_waste(coupling, dtype):
+    """At the number chosen the check passes; at three times as many it does not."""
+    cast = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
+    solver = rvx.Reversible(dfx.Heun(), coupling, rvx.FloatingPoint())
+
+    def gradient(restart_every):
+        adjoint = rvx.ReversibleAdjoint(restart_every=restart_every)
+        times = dict(t0=dtype(0), t1=dtype(1), dt0=dtype(0.002))
+        run = lambda args: solve(
+            adjoint, cast(Y0), args, solver=solver, max_steps=512, **times
+        )
+        return eqx.filter_jit(jax.grad(lambda args: jnp.sum(run(args).ys)))(cast(ARGS))
+
+    gradient("auto")
+    amplification, eps = coupling.amplification, float(jnp.finfo(dtype).eps)
+    chosen = jnp.log(eps**-0.5 / 4 * (2 * amplification) ** 0.5) / amplification
+    with pytest.raises(eqx.EquinoxRuntimeError, match="kept to restart from"):
+        gradient(int(3 * chosen))
+
+
+def test_the_check_at_a_restart_is_that_at_t0(monkeypatch):
+    """A kept pair that was spoilt is noticed, though the way to t0 is short from it."""
+    read = _tape.Tape.kept_pair
+
+    def spoilt(self, index, otherwise):
+        at, pair = read(self, index, otherwise)
+        return at, jax.tree.map(lambda x: jnp.where(at, x + 1e-6, x), pair)
+
+    jax.clear_caches()
+    monkeypatch.setattr(_tape.Tape, "kept_pair", spoilt)
+    adjoint = rvx.ReversibleAdjoint(restart_every=16)
+    with pytest.raises(eqx.EquinoxRuntimeError, match="kept to restart from"):
+        eqx.filter_jit(jax.grad(lambda a: loss(adjoint, a)))(ARGS)
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("value", [0, -3, 2.5, "often", True], ids=repr)
+def test_a_number_of_steps_that_is_none_is_refused(value):
+    with pytest.raises(ValueError, match=r"restart_every=.*at least 1"):
+        loss(rvx.ReversibleAdjoint(restart_every=value), ARGS)
+
+
+def test_keeping_pairs_of_an_unbounded_number_of_steps_is_refused():
+    with pytest.raises(ValueError, match=r"max_steps=None.*restart_every=16"):
+        loss(rvx.ReversibleAdjoint(restart_every=16), ARGS, max_steps=None)
