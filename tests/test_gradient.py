@@ -136,7 +136,10 @@ def check_cell(base_name, controller_name, batching, scheme):
     )
     differences = {name: relative_difference(ours[name], direct[name]) for name in SUBS}
     assert max(differences.values()) <= BOUNDS[scheme], differences
-    if controller_name in ("pid", "clip-steps", "clip-jumps"):
+    # This one has no estimate but the gap, and both its halves look at the middle of
+    # the step only: they agree on which side of a jump they are.
+    may_overlook = base_name == "own-midpoint"
+    if controller_name in ("pid", "clip-steps", "clip-jumps") and not may_overlook:
         assert jnp.all(rejected > 0), "the case is meant to reject steps"
 
 
