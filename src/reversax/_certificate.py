@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ._coupling import Pair
 from ._pair import Scheme
+from ._solver import is_finite
 
 Scale = PyTree[Float[Array, ""]]
 
@@ -145,13 +146,13 @@ def certificate(
     zero = jnp.zeros((), jnp.float32)
     if tolerance == math.inf or len(round_trips) == 0:
         return zero
-    exact, decoded = scheme.arithmetic.exact, jtu.tree_leaves(scheme.decode(final))
-    stated = tolerance
+    exact, stated = scheme.arithmetic.exact, tolerance
     if stated is None:
-        stated = 0.0 if exact else default_tolerance(decoded)
+        leaves = jtu.tree_leaves(scheme.decode(final))
+        stated = 0.0 if exact else default_tolerance(leaves)
     # Phrased so that NaN fails.
     failed = ~jnp.stack([x <= stated for x in round_trips]).all()
-    finite = jnp.stack([jnp.isfinite(x).all() for x in decoded]).all()
+    finite = is_finite(scheme, final)
     if not throw:
         failed = failed & finite
     index = _message_index(round_trips)
