@@ -59,6 +59,15 @@ def test_a_code_is_the_nearest_integer_and_its_value_the_nearest_float(dtype, da
 
 
 @by_dtype
+def test_halves_of_the_upper_word_are_coded_exactly(dtype):
+    # Both ends of what is left for the lower word, of which one is no signed word.
+    half = unit(dtype) * 2 ** (WORD[dtype] - 1)
+    numbers = [float(k * half) for k in (-3, -1, 1, 3, 1049677)]
+    code = FIXED.encode(jnp.asarray(numbers, dtype))
+    assert [n * unit(dtype) for n in integers(code)] == [Fraction(x) for x in numbers]
+
+
+@by_dtype
 @quickly
 @given(data=st.data())
 def test_sums_are_those_of_the_integers_and_undone_to_the_bit(dtype, data):

@@ -260,12 +260,13 @@ class FixedPoint(AbstractArithmetic):
         scaled = x.astype(wide) * (1 / unit)
         high = jnp.round(scaled)
         # Exact, since it has no digits that `scaled` had not. In [-1/2, 1/2], of which
-        # the upper end would not fit the word.
+        # both ends fit a signed word only below zero.
         rest = jnp.round((scaled - high) * np.asarray(2.0**word, wide))
-        below = np.nextafter(np.asarray(2.0 ** (word - 1), wide), np.asarray(0, wide))
         signed = jnp.dtype(f"int{word}")
-        rest = jnp.minimum(rest, below).astype(signed)
-        return high.astype(signed) + (rest >> (word - 1)), _unsigned(rest)
+        magnitude = -_unsigned((-jnp.abs(rest)).astype(signed))
+        negative = rest < 0
+        low = jnp.where(negative, -magnitude, magnitude)
+        return high.astype(signed) - negative.astype(signed), low
 
     def _value(self, words: Words, dtype: Any) -> Array:
         high, low = words
