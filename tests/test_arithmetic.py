@@ -81,6 +81,10 @@ def test_sums_are_those_of_the_integers_and_undone_to_the_bit(dtype, data):
     assert integers(total) == sums
     again = FIXED.subtract(total, increment)
     assert integers(again) == integers(code)
+    # Half of a step's increments come with a minus sign.
+    assert integers(FIXED.add(code, -increment)) == integers(
+        FIXED.subtract(code, increment)
+    )
     assert jnp.array_equal(again.value, code.value)
 
 

@@ -48,7 +48,8 @@ def test_an_adjoint_is_called_with_these_arguments(call):
 def test_the_loops_state_has_these_fields(call):
     fields = {
         "y", "tprev", "tnext", "solver_state", "controller_state", "save_state",
-        "num_accepted_steps",
+        "num_accepted_steps", "dense_ts", "dense_infos", "event_tprev", "event_tnext",
+        "event_dense_info", "event_values",
     }  # fmt: skip
     assert fields <= set(vars(call["init_state"]))
     assert {"ys", "saveat_ts_index"} <= set(vars(call["init_state"].save_state))
@@ -60,6 +61,7 @@ def test_the_integration_loop_takes_these_arguments():
         "max_steps", "terms", "args", "init_state", "inner_while_loop",
         "outer_while_loop", "progress_meter",
     }  # fmt: skip
+    # An event is located by calling it once more, with a loop that makes no step.
     # Imported because it cannot be had otherwise without an adjoint at hand.
     assert dfx.DirectAdjoint()._loop is _compat.integration_loop
 

@@ -142,19 +142,11 @@ def test_an_unbounded_number_of_recorded_steps_is_refused(controller):
         solve(stepsize_controller=controller, max_steps=None)
 
 
-def test_an_event_is_refused():
+def test_an_event_needs_a_bound_on_the_number_of_steps():
     event = dfx.Event(lambda t, y, args, **kwargs: t > 0.5)
-    message = (
-        r"(?s)ReversibleAdjoint.*does not support `event=.*RecursiveCheckpointAdjoint"
-    )
-    with pytest.raises(NotImplementedError, match=message):
-        solve(event=event)
-
-
-def test_dense_output_is_refused():
-    message = r"ReversibleAdjoint.*does not support.*dense=True.*SaveAt\(ts=\.\.\.\)"
-    with pytest.raises(NotImplementedError, match=message):
-        solve(saveat=dfx.SaveAt(dense=True))
+    message = r"ReversibleAdjoint.*max_steps=None.*`event=.*pass `max_steps=\.\.\.`"
+    with pytest.raises(ValueError, match=message):
+        solve(event=event, max_steps=None)
 
 
 def test_an_infinite_t1_is_refused():
@@ -212,28 +204,24 @@ def outputs(solution):
     return jnp.sum(solution.ys)
 
 
-NOT_DIFFERENTIABLE = {
-    "t0": lambda x: outputs(solve(t0=x * 0.0)),
-    "t1": lambda x: outputs(solve(t1=x)),
-    "dt0": lambda x: outputs(solve(dt0=0.1 * x)),
-    "ts": lambda x: outputs(solve(saveat=dfx.SaveAt(ts=jnp.array([0.2, 0.4]) * x))),
-    "controller": lambda x: outputs(
-        solve(
-            dt0=None,
-            stepsize_controller=dfx.StepTo(jnp.array([0.0, 0.3, 1.0]) * x),
+def test_a_derivative_by_times_through_the_controllers_state_is_refused_not_zero():
+    saveat = dfx.SaveAt(t1=True, controller_state=True)
+
+    def loss(t1):
+        state = solve(t1=t1, saveat=saveat).controller_state
+        return sum(
+            jnp.sum(x) for x in jax.tree.leaves(state) if eqx.is_inexact_array(x)
         )
-    ),
-}
 
-
-@pytest.mark.parametrize("name", NOT_DIFFERENTIABLE)
-def test_a_derivative_with_respect_to_times_is_refused_not_zero(name):
-    named = {"ts": r"`SaveAt\(ts=", "controller": "step-size controller"}.get(
-        name, name
-    )
-    message = rf"ReversibleAdjoint.*with respect to [^:]*{named}.*stop_gradient"
+    message = r"differentiated with respect to times.*controller_state.*stop_gradient"
     with pytest.raises(Exception, match=message):
-        jax.grad(NOT_DIFFERENTIABLE[name])(1.0)
+        jax.block_until_ready(jax.grad(loss)(1.0))
+
+
+@pytest.mark.parametrize("value", [None, dfx.TextProgressMeter], ids=["None", "class"])
+def test_a_progress_meter_that_is_none_is_refused(value):
+    with pytest.raises(TypeError, match=r"ReversibleAdjoint\(progress_meter=.*got"):
+        rvx.ReversibleAdjoint(progress_meter=value)
 
 
 @pytest.mark.parametrize("value", [-1.0, math.nan, "tight", True], ids=repr)

@@ -44,6 +44,11 @@ def test_memory_is_the_same_for_64_and_16384_constant_steps(batching):
     assert abs(many - few) <= 0.02 * few, (few, many)
 
 
+def test_memory_is_the_same_for_a_million_steps():
+    few, many = (temporary_bytes(KEEPS_NOTHING, n) for n in (16_384, 1_000_000))
+    assert abs(many - few) <= 0.02 * few, (few, many)
+
+
 def test_memory_is_the_same_for_many_saved_times_but_for_their_cotangents():
     ts = jnp.linspace(0, 1, 5)
     few, many = (
@@ -65,6 +70,33 @@ def test_a_recording_controller_keeps_two_times_a_step_and_nothing_else():
 
 @pytest.mark.parametrize("controlled", ["constant", "pid"])
 @pytest.mark.parametrize("batching", ["batched", "vmap"])
+def test_recorded_times_that_are_differentiated_keep_their_derivatives_beside():
+    def of(max_steps):
+        def loss(t1):
+            pid = dfx.PIDController(rtol=1e-5, atol=1e-5)
+            solver = rvx.Reversible(dfx.Heun(), arithmetic=FLOATING)
+            times = 0.0, t1, 1 / max_steps
+            return jnp.sum(
+                dfx.diffeqsolve(
+                    dfx.ODETerm(network_field),
+                    solver,
+                    *times,
+                    Y0,
+                    ARGS,
+                    stepsize_controller=pid,
+                    adjoint=KEEPS_NOTHING,
+                    max_steps=max_steps,
+                ).ys
+            )
+
+        compiled = jax.jit(jax.grad(loss)).lower(jnp.asarray(1.0)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # Of both times with respect to `t1`, the one number that is differentiated.
+    four_numbers = 4 * (16_384 - 64) * 8
+    assert of(16_384) - of(64) <= 1.02 * four_numbers
+
+
 def test_fixed_point_keeps_a_bit_per_element_and_halving_beside(batching, controlled):
     """And nothing else but the recorded times: (bits, times) are allocated once, and
     neither copied nor widened under `vmap`."""

@@ -6,6 +6,7 @@ arrives where the solve began, `_certificate.py`.
 """
 
 import functools as ft
+from typing import Any
 
 import diffrax as dfx
 import equinox as eqx
@@ -14,14 +15,17 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._backward import Carry, Lane, Walk, make_lane, sum_over_lanes, walk_back, wide
+from ._backward import Carry, Walk, walk_back, wide
 from ._certificate import certificate, round_trip
+from ._clock import Clock
 from ._compat import NONFINITE
 from ._coupling import Index, Pair
+from ._event import locate
 from ._forward import Forward, run
 from ._guard import detached, forward_only, reverse_only
 from ._lanes import Axes, batch_aware
 from ._observe import add_trees
+from ._one_lane import Lane, Outputs, make_lane, sum_over_lanes
 from ._setup import CALL, Setup, set_up
 from ._tape import Record
 
@@ -34,7 +38,25 @@ class _Residuals(eqx.Module):
     num_steps: Index
     num_ts: list[Index]
     t_final: Array
-    ys: list[PyTree[jax.ShapeDtypeStruct]]
+    last_end: Array | None
+    """Where the last step that was made ended, if there is an event."""
+    outputs: Outputs
+    """The shapes of all but the pair."""
+
+
+def _outputs(final_state: Any, pair: Any) -> Outputs:
+    """What of a final state, or of the cotangent of one, concerns differentiation."""
+    save_states = Setup.save_states(final_state)
+    return Outputs(
+        pair,
+        [s.ys for s in save_states],
+        [s.ts for s in save_states],
+        final_state.dense_infos,
+        final_state.dense_ts,
+        final_state.event_dense_info,
+        final_state.event_tprev,
+        final_state.event_tnext,
+    )
 
 
 def _materialise(like: PyTree, ct: PyTree) -> PyTree[Array]:
@@ -50,13 +72,11 @@ def _materialise(like: PyTree, ct: PyTree) -> PyTree[Array]:
 
 def _run(parts, setup: Setup, perturbed: PyTree[bool], axes: Axes | None) -> Forward:
     """`run`, or `run` for each lane."""
-    if perturbed is not None:
-        perturbed = perturbed[1]
     if axes is None:
         return run(parts, setup, perturbed=perturbed)
     axes_increment = None
     if perturbed is not None:
-        axes_increment = eqx.partition(axes.in_axes[0][1], perturbed)
+        axes_increment = eqx.partition(axes.in_axes[0][1], perturbed[1])
     in_lane = ft.partial(
         run, perturbed=perturbed, axes=axes_increment, axis_name=axes.name
     )
@@ -81,7 +101,8 @@ def _solve_fwd(perturbed, parts, *, setup: Setup, axes: Axes | None):
         num_steps=jnp.asarray(final_state.num_accepted_steps),
         num_ts=[jnp.asarray(s.saveat_ts_index) for s in save_states],
         t_final=final_state.tprev,
-        ys=jtu.tree_map(describe, [s.ys for s in save_states]),
+        last_end=final_state.event_tnext,
+        outputs=jtu.tree_map(describe, _outputs(final_state, None)),
     )
     return (final_state, aux_stats), residuals
 
@@ -103,26 +124,41 @@ def _walk_back_and_check(
     axes: Axes | None,
 ) -> PyTree:
     """The cotangents of `parts`."""
-    # Of the outputs only `ys` and the solver's state depend on what is differentiated:
-    # times and step sizes do not, since Diffrax's controllers stop the gradient there.
     ct_final_state, _ = ct_out
-    ct_ys = [ct.ys for ct in setup.save_states(ct_final_state)]
-    ct_ys = [_materialise(x, ct) for x, ct in zip(residuals.ys, ct_ys, strict=True)]
-    walk = _walk(residuals, ct_ys, perturbed, parts, setup, axes)
+    like = residuals.outputs._replace(pair=residuals.pair)
+    ct_outputs = _outputs(ct_final_state, ct_final_state.solver_state.pair)
+    ct_outputs = _materialise(like, ct_outputs)
+    walk = _walk(residuals, ct_outputs, perturbed, parts, setup, axes)
     pair0 = _in_each_lane(parts[0], residuals, axes)
-    ct_pair = _materialise(residuals.pair, ct_final_state.solver_state.pair)
-    ct_pair = setup.scheme.decode(ct_pair)
-    carry = walk_back(walk, _first_carry(walk, residuals, pair0, ct_pair))
+    ct_pair = setup.scheme.decode(ct_outputs.pair)
+    carry = _first_carry(walk, residuals, pair0, ct_pair)
+    carry = walk_back(walk, carry, setup.backward_meter)
 
-    ct_fns, ct_pair = walk.each(Lane.pull_at_start, carry.pair, carry.num_ts)
+    ct_fns, ct_t0, ct_pair = walk.each(Lane.pull_at_start, carry.pair, carry.num_ts)
     ct_pair = setup.scheme.cotangent(pair0, add_trees(carry.ct_pair, ct_pair))
     ct_increment, ct_fns_before = carry.ct_parameters
-    ct = ct_pair, ct_increment, walk.add_fns(ct_fns_before, ct_fns)
+    ct_clock: Any = walk.lane.clock_diff
+    if walk.lane.times:
+        ct_clock = add_trees(carry.ct_clock, walk.each(Lane.pull_t0, ct_t0))
+        ct_clock = _refuse_if_used(ct_final_state.controller_state, ct_clock)
+        pairs = zip(ct_clock.ts, carry.ct_ts, strict=True)
+        ct_ts = [None if a is None else a + b for a, b in pairs]
+        ct_clock = eqx.tree_at(
+            lambda c: c.ts, ct_clock, ct_ts, is_leaf=lambda x: x is None
+        )
+    ct = ct_pair, ct_increment, walk.add_fns(ct_fns_before, ct_fns), ct_clock
     check = ft.partial(_check, setup.round_trip_tolerance, setup.throw)
     zeros = walk.each(
         check, carry.pair, pair0, carry.scale, carry.round_trips, residuals.pair
     )
     return jtu.tree_map(forward_only, _finish(ct, zeros, parts, axes))
+
+
+def _refuse_if_used(ct_controller_state: PyTree, ct_clock: Clock) -> Clock:
+    """The states of controllers have no derivatives with respect to times."""
+    leaves = jtu.tree_leaves(ct_controller_state)
+    used = jnp.stack([jnp.array(False), *(jnp.any(x != 0) for x in leaves)]).any()
+    return eqx.error_if(ct_clock, used, _CONTROLLER_STATE_USED)
 
 
 def _check(tolerance, throw, lane: Lane, reconstructed, true, scale, errors, final):
@@ -132,24 +168,15 @@ def _check(tolerance, throw, lane: Lane, reconstructed, true, scale, errors, fin
     return certificate(tolerance, throw, lane.scheme, errors, final)
 
 
-def _walk(residuals, ct_ys, perturbed, parts, setup: Setup, axes: Axes | None) -> Walk:
-    lane = make_lane(
-        parts[1:], setup, residuals.record, ct_ys, setup.t0 == setup.t1, perturbed[1:]
-    )
+def _walk(residuals, ct, perturbed, parts, setup: Setup, axes: Axes | None) -> Walk:
+    ends = residuals.num_steps, residuals.last_end
+    lane = make_lane(parts, setup, residuals.record, ct, ends, perturbed)
     if axes is None:
         return Walk(lane, None, None)
     # Made in the same way of the axes of the same things.
     axes_parts, axes_setup = axes.in_axes
-    all_batched = lambda tree: jtu.tree_map(lambda _: 0, tree)
-    shared_times = axes_setup.t0 is None and axes_setup.t1 is None
-    axes_lane = make_lane(
-        axes_parts[1:],
-        axes_setup,
-        all_batched(residuals.record),
-        all_batched(ct_ys),
-        None if shared_times else 0,
-        perturbed[1:],
-    )
+    record, ct, ends = jtu.tree_map(lambda _: 0, (residuals.record, ct, ends))
+    axes_lane = make_lane(axes_parts, axes_setup, record, ct, ends, perturbed)
     return Walk(lane, axes_lane, axes.name)
 
 
@@ -168,7 +195,7 @@ def _first_carry(
     """Where the walk begins: at the end, with what was saved there pulled back."""
     sizes = [walk.each(Lane.size, pair) for pair in (pair0, residuals.pair)]
     scale = jtu.tree_map(jnp.maximum, *sizes)
-    ct_fns, ct_saved = walk.each(
+    ct_fns, ct_t_final, ct_saved = walk.each(
         Lane.pull_at_end,
         residuals.pair,
         residuals.num_ts,
@@ -177,11 +204,18 @@ def _first_carry(
     )
     zeros = jtu.tree_map(lambda x: wide(jnp.zeros_like(x)), walk.lane.diff)
     ct_increment, ct_fns_before = zeros
+    ct_clock: Any = None
+    ct_ts: Any = [None for _ in walk.lane.observations]
+    if walk.lane.times:
+        ct_clock = walk.each(Lane.pull_time_after, residuals.num_steps, ct_t_final)
+        ct_ts = walk.each(Lane.no_cotangent_of_ts)
     return Carry(
         num_steps=residuals.num_steps,
         pair=residuals.pair,
         ct_pair=add_trees(ct_pair, ct_saved),
         ct_parameters=(ct_increment, walk.add_fns(ct_fns_before, ct_fns)),
+        ct_clock=ct_clock,
+        ct_ts=ct_ts,
         num_ts=residuals.num_ts,
         scale=scale,
         round_trips=[
@@ -195,8 +229,9 @@ def _finish(ct, zeros: Array, parts, axes: Axes | None):
     axes_parts = jtu.tree_map(lambda _: None, parts)
     if axes is not None:
         axes_parts, _ = axes.in_axes
-        ct_pair, *ct_parameters = ct
-        ct = (sum_over_lanes(ct_pair, axes_parts[0]), *ct_parameters)
+        ct_pair, *ct_parameters, ct_clock = ct
+        ct_pair = sum_over_lanes(ct_pair, axes_parts[0])
+        ct = ct_pair, *ct_parameters, sum_over_lanes(ct_clock, axes_parts[3])
 
     def leaf(x, axis, ct):
         if ct is None:
@@ -207,6 +242,12 @@ def _finish(ct, zeros: Array, parts, axes: Axes | None):
     return jtu.tree_map(leaf, parts, axes_parts, ct)
 
 
+_CONTROLLER_STATE_USED = (
+    f"{CALL} was differentiated with respect to times (`t0`, `t1`, `dt0`, or others) "
+    "through the `controller_state` that it returned, which it cannot do. Resume "
+    "without that, or with `jax.lax.stop_gradient` of it; or use "
+    "`adjoint=diffrax.RecursiveCheckpointAdjoint()` with the same solver."
+)
 _LEFT_ITS_RANGE = (
     f"{CALL}: the state left the range of `reversax.FixedPoint`, or was not finite. If "
     "the solution grows without bound, take smaller steps; if it is larger than "
@@ -243,8 +284,15 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
 
     round_trip_tolerance: float | None = None
     restart_every: int | str | None = "auto"
+    progress_meter: dfx.AbstractProgressMeter = dfx.NoProgressMeter()
 
     def __check_init__(self):
+        if not isinstance(self.progress_meter, dfx.AbstractProgressMeter):
+            raise TypeError(
+                "`reversax.ReversibleAdjoint(progress_meter=...)` needs a progress "
+                "meter of Diffrax, such as `diffrax.TqdmProgressMeter()`, got "
+                f"{self.progress_meter!r}."
+            )
         tolerance = self.round_trip_tolerance
         if tolerance is None:
             return
@@ -272,6 +320,7 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
             passed_solver_state=passed_solver_state,
             round_trip_tolerance=self.round_trip_tolerance,
             restart_every=self.restart_every,
+            backward_meter=self.progress_meter,
         )
         inexact, rest = eqx.partition(parts, eqx.is_inexact_array)
         parts = eqx.combine(jtu.tree_map(reverse_only, inexact), rest)
@@ -283,13 +332,26 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
             result = final_state.result
             result = eqx.error_if(result, result == NONFINITE, _LEFT_ITS_RANGE)
             final_state = eqx.tree_at(lambda s: s.result, final_state, result)
-        where = lambda s: [s.solver_state, *(x.ys for x in setup.save_states(s))]
-        arrays, rest = eqx.partition(final_state, eqx.is_array)
-        constant = eqx.combine(jtu.tree_map(detached, arrays), rest)
-        final_state = eqx.tree_at(
-            where, constant, where(final_state), is_leaf=lambda x: x is None
-        )
+        final_state = _detach_the_rest(final_state)
+        event = problem["event"]
+        if event is not None and event.root_finder is not None:
+            y = setup.scheme.readout(final_state.solver_state.pair)
+            final_state = eqx.tree_at(lambda s: s.y, final_state, y)
+            del problem["init_state"]
+            final_state = locate(final_state, **problem)
         return final_state, aux_stats
+
+
+def _detach_the_rest(final_state: Any) -> Any:
+    """All but what may be differentiated made constant."""
+    outputs = _outputs(final_state, final_state.solver_state)
+    outputs = outputs, final_state.controller_state  # Of which the use is refused.
+    kept = {id(x) for x in jtu.tree_leaves(outputs) if eqx.is_inexact_array(x)}
+
+    def leaf(x):
+        return detached(x) if eqx.is_array(x) and id(x) not in kept else x
+
+    return jtu.tree_map(leaf, final_state)
 
 
 ReversibleAdjoint.__init__.__doc__ = """**Arguments:**

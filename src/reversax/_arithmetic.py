@@ -29,12 +29,13 @@ import math
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree, UInt, UInt32
+
+from ._guard import with_derivative_of
 
 State = PyTree[Array]
 Code = PyTree[Any]
@@ -129,17 +130,6 @@ class FloatingPoint(AbstractArithmetic):
 
 
 FloatingPoint.__init__.__doc__ = """**Arguments:** None"""
-
-
-@jax.custom_jvp
-def _with_derivative_of(x: Array, value: Array) -> Array:
-    """`value`, differentiated as if it were `x`."""
-    return value
-
-
-@_with_derivative_of.defjvp
-def _with_derivative_of_jvp(primals, tangents):
-    return _with_derivative_of(*primals), tangents[0]
 
 
 class Number(eqx.Module):
@@ -288,7 +278,7 @@ class FixedPoint(AbstractArithmetic):
         inside = ft.reduce(jnp.logical_and, inside)
         exact = self._value(words, value.dtype)
         return Number(
-            *words, _with_derivative_of(value, jnp.where(inside, exact, jnp.nan))
+            *words, with_derivative_of(value, jnp.where(inside, exact, jnp.nan))
         )
 
     def encode(self, y: State) -> Code:

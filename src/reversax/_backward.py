@@ -11,32 +11,43 @@ evaluated once, by `jax.vjp`, and serves twice:
     (T1)   ct_z += pull_f(ct_y)             transposes (F1)
     (TC)   (ct_y, ct_z) = mix^T(ct_y, ct_z)  transposes (C)
 
+Both halves are one piece of code, `_pair.py`, in a loop of two trips, in which each is
+evaluated and pulled back at once. Only if something was saved *inside* a step are both
+evaluated first: the interpolant needs their values, and its cotangents must be there
+before (T2).
+
 Cotangents of outputs join where their outputs were read off: those of the readouts at
 the two ends of a step before (T2) and after (TC), those of the interpolant also with
 the increment's in (T1).
 """
 
 import functools as ft
-from collections.abc import Callable, Hashable, Iterable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, cast
 
+import diffrax as dfx
 import equinox as eqx
-import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from ._arithmetic import State
-from ._certificate import Scale, largest_of_pair, round_trip
+from ._certificate import Scale
+from ._clock import Clock
 from ._coupling import Index, Pair
-from ._forward import tape_of
-from ._increment import AbstractIncrement, Time
-from ._observe import Observation, add_trees, zeros_like_inexact
-from ._pair import Scheme, StepEnds, undo_step
+from ._increment import Time
+from ._isolation import Evaluation
+from ._observe import add_trees, zeros_like_inexact
+from ._one_lane import Lane, only_where, sum_over_lanes
+from ._pair import (
+    Half,
+    half_of,
+    halves_of,
+    through_halves,
+    undo_step,
+)
 from ._psi import Psi
-from ._setup import Setup
-from ._tape import Record, Tape
 
 
 def wide(x: Array) -> Array:
@@ -53,180 +64,15 @@ class Carry(eqx.Module):
     pair: Pair
     ct_pair: Pair
     ct_parameters: PyTree[Array]
+    ct_clock: Clock | None
+    """Of its differentiated part, less what `ct_ts` has; `None` if there is none."""
+    ct_ts: list[Array | None]
     num_ts: list[Index]
     """For each observation, how many of its `ts` are still to be pulled back."""
     scale: Scale
     """The largest size of the state met so far, per leaf."""
     round_trips: list[Float[Array, ""]]
     """The largest error of a round trip met so far, per leaf."""
-
-
-class _Differentiated:
-    """Evaluates an increment once, keeping its value, pull-back and argument."""
-
-    def __init__(self, psi: Psi, t0: Time, t1: Time):
-        self._psi, self._times = psi, (t0, t1)
-
-    def __call__(self, y: State) -> State:
-        self.argument = y
-        self.core = self._psi.core(*self._times, y)
-        self.increment, self._for_dense = self.core.value
-        self._pull_dense: Callable | None = None
-        return self.increment
-
-    def dense_info(self) -> PyTree[Array]:
-        """The base's dense output of the step."""
-        if not self._psi.dense:
-            return None
-        evaluation = self._psi.dense_info(*self._times, self.argument, self.core)
-        self._pull_dense = evaluation.pull
-        return eqx.combine(evaluation.value, evaluation.other)
-
-    def pull(self, ct_increment: State, ct_dense_info: PyTree[Array]) -> tuple:
-        """The cotangents of parameters and argument, from that of the increment, which
-        must have been evaluated, and of dense output, `None` for that never read."""
-        ct_value = ct_increment, zeros_like_inexact(self._for_dense)
-        if self._pull_dense is None or ct_dense_info is None:
-            return self.core.pull(ct_value)[0]
-        ct_p, ct_y, ct = self._pull_dense(ct_dense_info)[0]
-        ct_p_core, ct_y_core = self.core.pull(add_trees(ct_value, ct))[0]
-        return add_trees(ct_p_core, ct_p), add_trees(ct_y_core, ct_y)
-
-
-class Lane(eqx.Module):
-    """What the walk needs to know of one solve, and what it does lane by lane.
-
-    The parameters, the increment and the saved functions, come in two pieces: what is
-    differentiated and the rest, to be joined by `equinox.combine`. Cotangents of the
-    saved functions are lists with one entry for each observation.
-    """
-
-    scheme: Scheme
-    tape: Tape
-    t0: Time
-    trivial: Bool[Array, ""]
-    """Whether `t0 == t1`."""
-    base_interpolation_cls: Callable = eqx.field(static=True)
-    error: bool = eqx.field(static=True)
-    dense: bool = eqx.field(static=True)
-    observations: list[Observation]
-    diff: tuple[AbstractIncrement, list[Callable]]
-    nondiff: tuple[AbstractIncrement, list[Callable]]
-
-    def last_of(self, num_steps: Index) -> tuple[Index, Time, Time]:
-        return self.tape.times.last_of(num_steps, self.t0)
-
-    def size(self, pair: Pair) -> Scale:
-        return largest_of_pair(self.scheme, pair)
-
-    def pull_readout(self, ct_readout: State, pair: Pair) -> Pair:
-        """The cotangent of a pair from that of its readout."""
-        decoded = self.scheme.decode(pair)
-        return jax.vjp(self.scheme.coupling.readout, decoded)[1](ct_readout)[0]
-
-    def unmix(self, pair: Pair, index: Index) -> Pair:
-        """(BC)."""
-        steps = self.tape.plan.steps_before + index
-        return self.scheme.unmix(pair, steps, lambda: self.tape.shed_bits(index))
-
-    def pull_mix(self, ct_mixed: Pair, pair0: Pair, index: Index) -> Pair:
-        """(TC)."""
-        steps = self.tape.plan.steps_before + index
-        mix = lambda pair: self.scheme.mix_states(pair, steps)
-        return jax.vjp(mix, self.scheme.decode(pair0))[1](ct_mixed)[0]
-
-    def restart(
-        self, pair0: Pair, index: Index, scale: Scale
-    ) -> tuple[Pair, list[Float[Array, ""]]]:
-        """The kept pair in the place of a reconstructed one, where there is one, and by
-        how much that was off."""
-        at, kept = self.tape.kept_pair(index, pair0)
-        errors = round_trip(self.scheme, pair0, kept, scale)
-        return kept, [jnp.where(at, x, 0) for x in errors]
-
-    def ends(self, pair0: Pair, pair1: Pair, z, increment, dense_info) -> StepEnds:
-        readout0, readout1 = self.scheme.readout(pair0), self.scheme.readout(pair1)
-        return StepEnds(readout0, readout1, z, increment, dense_info)
-
-    def _observed(self, num_ts: list[Index]) -> Iterable:
-        _, fns = eqx.combine(self.diff, self.nondiff)
-        return zip(self.observations, fns, num_ts, strict=True)
-
-    def _add_readouts(self, pair: Pair, pulled: list) -> tuple[list[PyTree], Pair]:
-        ct_pair = zeros_like_inexact(self.scheme.decode(pair))
-        for _, ct_readout in pulled:
-            ct_pair = add_trees(ct_pair, self.pull_readout(ct_readout, pair))
-        return [ct_fn for ct_fn, _ in pulled], ct_pair
-
-    def pull_at_end(
-        self, pair: Pair, num_ts: list[Index], num_steps: Index, t_final: Time
-    ) -> tuple[list[PyTree], Pair]:
-        """Pulls back what was saved after the last step: to `fn`s and final pair."""
-        readout = self.scheme.readout(pair)
-        pulled = [
-            observation.pull_final(fn, t_final, readout, j, num_steps)
-            for observation, fn, j in self._observed(num_ts)
-        ]
-        return self._add_readouts(pair, pulled)
-
-    def pull_at_start(
-        self, pair: Pair, num_ts: list[Index]
-    ) -> tuple[list[PyTree], Pair]:
-        """Pulls back what was saved before the first step: to `fn`s and first pair."""
-        readout = self.scheme.readout(pair)
-        pulled = [
-            observation.pull_initial(fn, self.t0, readout, self.trivial)
-            for observation, fn, _ in self._observed(num_ts)
-        ]
-        return self._add_readouts(pair, pulled)
-
-    def pull_outputs(
-        self, num_ts: list[Index], index: Index, t0: Time, t1: Time, ends: StepEnds
-    ) -> tuple[list[Index], list[PyTree], StepEnds]:
-        """Pulls back all that was saved during a step."""
-        previous_end = self.tape.times.previous_end(index)
-        ct_ends_total = zeros_like_inexact(ends)
-        num_ts_before, ct_fns = [], []
-        for observation, fn, j in self._observed(num_ts):
-            ct_fn_end, ct_readout1 = observation.pull_step_end(
-                fn, t1, ends.readout1, j, index
-            )
-            base_cls, interval = self.base_interpolation_cls, (t0, t1)
-            j, (ct_fn, ct_ends) = observation.pull_inside_step(
-                fn, base_cls, interval, previous_end, ends, j, index
-            )
-            ct_readout1 = add_trees(ct_ends.readout1, ct_readout1)
-            ct_ends = ct_ends._replace(readout1=ct_readout1)
-            ct_ends_total = add_trees(ct_ends_total, ct_ends)
-            num_ts_before.append(j)
-            ct_fns.append(add_trees(ct_fn, ct_fn_end))
-        return num_ts_before, ct_fns, ct_ends_total
-
-
-def make_lane(
-    parameters: tuple[AbstractIncrement, list[Callable]],
-    setup: Setup,
-    record: Record,
-    ct_ys: list[PyTree],
-    trivial: Any,
-    perturbed: PyTree[bool],
-) -> Lane:
-    """The lane of one solve; or, given the axes of these things, the axes of a lane."""
-    diff, nondiff = eqx.partition(parameters, perturbed)
-    return Lane(
-        scheme=setup.scheme,
-        tape=tape_of(setup, record),
-        t0=setup.t0,
-        trivial=trivial,
-        base_interpolation_cls=setup.base_interpolation_cls,
-        error=setup.error,
-        dense=setup.dense,
-        observations=[
-            Observation(sub, ct) for sub, ct in zip(setup.subs, ct_ys, strict=True)
-        ],
-        diff=diff,
-        nondiff=nondiff,
-    )
 
 
 class Walk(eqx.Module):
@@ -270,6 +116,7 @@ class Walk(eqx.Module):
             lane.scheme.arithmetic.exact,
             lane.error,
             lane.dense,
+            lane.times,
         )
 
     def add_fns(self, ct_fns: list[PyTree], new: list[PyTree]) -> list[PyTree]:
@@ -283,62 +130,197 @@ class Walk(eqx.Module):
             new = sum_over_lanes(new, self.axes.diff[1])
         return add_trees(ct_fns, new)
 
+    def _undo_and_pull(self, step: "_Undoing") -> "_Undone":
+        """Undoes both halves, pulling each back as soon as it is evaluated."""
+
+        def undo_half(half: Half, a: State, ct):
+            (ct_b, ct_a), ct_p = ct
+            evaluation = self.psi.evaluate(half.start, half.end, a)
+            ct_half = _pull_half(half, evaluation, ct_b, None)
+            ct, ct_times = _change_places(ct_b, ct_a, ct_p, ct_half)
+            return evaluation.value[0], ct, ct_times
+
+        mixed, ((ct_z, ct_y), ct_p), ct_times = undo_step(
+            self.lane.scheme,
+            *(step.pair1, step.t0, step.t1),
+            core=undo_half,
+            extra=((step.ct.z, step.ct.y), step.ct_parameters[0]),
+            unroll=False,
+        )  # (B2, T2, B1, T1)
+        pair0 = self.each(Lane.unmix, mixed, step.index)  # (BC)
+        ct = self.each(Lane.pull_mix, Pair(ct_y, ct_z), pair0, step.index)  # (TC)
+        ct_parameters = ct_p, step.ct_parameters[1]
+        interval = _of_interval(ct_times)
+        return _Undone(pair0, step.num_ts, ct, ct_parameters, interval, step.ct_ts)
+
+    def _undo_observe_pull(self, step: "_Undoing") -> "_Undone":
+        """Undoes both halves and then, with the step's dense output, pulls back what
+        was saved inside it and both increments."""
+
+        def undo_half(half: Half, a: State, _):
+            evaluation = self.psi.evaluate(half.start, half.end, a)
+            return evaluation.value[0], None, evaluation
+
+        scheme, (t0, t1) = self.lane.scheme, (step.t0, step.t1)
+        mixed, _, evaluations = undo_step(
+            scheme, step.pair1, t0, t1, core=undo_half, extra=None, unroll=True
+        )  # (B2, B1)
+        pair0 = self.each(Lane.unmix, mixed, step.index)  # (BC)
+        forward, z = half_of(evaluations, 0), scheme.decode(mixed).z
+        info = self.psi.dense_info(t0, t1, z, forward)
+        values = z, forward.value[0], eqx.combine(info.value, info.other)
+        ends = self.each(Lane.ends, pair0, step.pair1, *values)
+        inside = self.each(
+            Lane.pull_inside_step, step.num_ts, step.ct_ts, step.index, t0, t1, ends
+        )
+        ct_outputs = inside.ct_fns, inside.ct_ends, inside.ct_interval
+        nothing = zeros_like_inexact(ct_outputs)
+        ct_fns, ct_ends, interval = step.if_active(ct_outputs, nothing)
+        ct_p_dense, ct_times, ct_z_dense, ct_value = info.pull(ct_ends.base_dense_info)[
+            0
+        ]
+        interval = add_trees(interval, ct_times or nothing[2])
+        ct_increment, ct_rest = ct_value
+        ct_value = add_trees(ct_increment, ct_ends.increment), ct_rest
+
+        ct1 = self.each(Lane.pull_readout, ct_ends.readout1, step.pair1)
+        ct_p, ct_fns_total = step.ct_parameters
+        carry = add_trees(step.ct, ct1), add_trees(ct_p, ct_p_dense)
+        (ct_z, ct_y), ct_p, ct_times = _pull_halves(
+            carry, halves_of(t0, t1), evaluations, ct_value
+        )  # (T2, T1)
+        ct_z = add_trees(ct_z, add_trees(ct_z_dense, ct_ends.z))
+        ct = self.each(Lane.pull_mix, Pair(ct_y, ct_z), pair0, step.index)  # (TC)
+        ct = add_trees(ct, self.each(Lane.pull_readout, ct_ends.readout0, pair0))
+        ct_parameters = ct_p, self.add_fns(ct_fns_total, ct_fns)
+        interval = add_trees(interval, _of_interval(ct_times) or nothing[2])
+        return _Undone(pair0, inside.num_ts, ct, ct_parameters, interval, inside.ct_ts)
+
     def __call__(self, carry: Carry) -> Carry:
         if_active = ft.partial(self._keep_if_done, carry.num_steps)
         index, t0, t1 = self.each(Lane.last_of, carry.num_steps)
-        forward = _Differentiated(self.psi, t0, t1)
-        backward = _Differentiated(self.psi, t1, t0)
-        unmix = lambda pair: self.each(Lane.unmix, pair, index)
-        pair0 = undo_step(
-            self.lane.scheme, carry.pair, forward, backward, unmix
-        )  # (B2, B1, BC)
-
-        values = forward.argument, forward.increment, forward.dense_info()
-        ends = self.each(Lane.ends, pair0, carry.pair, *values)
-        num_ts, *ct_outputs = self.each(
-            Lane.pull_outputs, carry.num_ts, index, t0, t1, ends
+        at_end = self.each(Lane.pull_step_end, carry.pair, carry.num_ts, index, t1)
+        ct_fns, ct_t1, ct = if_active(at_end, zeros_like_inexact(at_end))
+        ct = if_active(add_trees(carry.ct_pair, ct), zeros_like_inexact(ct))
+        ct_increment, ct_fns_total = carry.ct_parameters
+        ct_parameters = ct_increment, self.add_fns(ct_fns_total, ct_fns)
+        undo = self._undo_observe_pull if self.lane.dense else self._undo_and_pull
+        undone = undo(
+            _Undoing(
+                *(carry.pair, carry.num_ts, carry.ct_ts, index, t0, t1, ct),
+                *(ct_parameters, if_active),
+            )
         )
-        nothing = zeros_like_inexact((ct_outputs, carry.ct_pair))
-        (ct_fns, ct_ends), ct = if_active((ct_outputs, carry.ct_pair), nothing)
-
-        ct = add_trees(ct, self.each(Lane.pull_readout, ct_ends.readout1, carry.pair))
-        ct_p_backward, ct_y = backward.pull(jtu.tree_map(jnp.negative, ct.z), None)
-        ct_y = add_trees(ct.y, ct_y)  # (T2)
-        ct_increment = add_trees(ct_y, ct_ends.increment)
-        ct_p_forward, ct_z = forward.pull(ct_increment, ct_ends.base_dense_info)
-        ct_z = add_trees(ct.z, add_trees(ct_z, ct_ends.z))  # (T1)
-        ct = self.each(Lane.pull_mix, Pair(ct_y, ct_z), pair0, index)  # (TC)
-        ct = add_trees(ct, self.each(Lane.pull_readout, ct_ends.readout0, pair0))
-
-        ct_parameters, ct_fns_total = carry.ct_parameters
-        for ct_p in (ct_p_backward, ct_p_forward):
-            ct_parameters = add_trees(ct_parameters, ct_p)
+        ct_clock, pair0 = carry.ct_clock, undone.pair0
+        if self.lane.times:
+            ct_t0, ct_later = cast(tuple, undone.ct_interval)
+            add = self.each(Lane.pull_interval, index, ct_t0, ct_t1 + ct_later)
+            ct_clock = add_trees(ct_clock, if_active(add, zeros_like_inexact(add)))
         scale = jtu.tree_map(jnp.maximum, carry.scale, self.each(Lane.size, pair0))
         pair0, errors = self.each(Lane.restart, pair0, index, scale)
         errors = jtu.tree_map(jnp.maximum, carry.round_trips, errors)
-        new = pair0, ct, num_ts, scale, errors
-        old = carry.pair, carry.ct_pair, carry.num_ts, carry.scale, carry.round_trips
-        pair, ct_pair, num_ts, scale, errors = if_active(new, old)
+        new = pair0, undone.ct, undone.ct_ts, undone.num_ts, scale, errors
+        old = carry.pair, carry.ct_pair, carry.ct_ts, carry.num_ts, carry.scale
+        old = (*old, carry.round_trips)
+        pair, ct_pair, ct_ts, num_ts, scale, errors = if_active(new, old)
         num_steps = jnp.maximum(carry.num_steps - 1, 0)
-        ct_parameters = (ct_parameters, self.add_fns(ct_fns_total, ct_fns))
-        return Carry(num_steps, pair, ct_pair, ct_parameters, num_ts, scale, errors)
+        ct = ct_pair, undone.ct_parameters, ct_clock, ct_ts
+        return Carry(num_steps, pair, *ct, num_ts, scale, errors)
 
 
-def sum_over_lanes(ct: PyTree[Array], axes: PyTree[int | None]) -> PyTree[Array]:
-    """Sums the cotangents of those leaves that all lanes share."""
-    is_none = lambda x: x is None
-    leaf = lambda a, x: x.sum(axis=0) if a is None and x is not None else x
-    return jtu.tree_map(leaf, axes, ct, is_leaf=is_none)
+class _Undoing(NamedTuple):
+    """A step about to be undone, and the cotangents at its end."""
+
+    pair1: Pair
+    num_ts: list[Index]
+    ct_ts: list[Array | None]
+    index: Index
+    t0: Time
+    t1: Time
+    ct: Pair
+    ct_parameters: PyTree[Array]
+    if_active: Callable
 
 
-def only_where(tree: PyTree) -> PyTree[bool]:
-    """A filter for the leaves that `tree` has, where it may have `None`."""
-    return jtu.tree_map(lambda x: x is not None, tree, is_leaf=lambda x: x is None)
+class _Undone(NamedTuple):
+    """The same at its start, and the cotangent of its interval."""
+
+    pair0: Pair
+    num_ts: list[Index]
+    ct: Pair
+    ct_parameters: PyTree[Array]
+    ct_interval: tuple[Array, Array] | None
+    ct_ts: list[Array | None]
 
 
-def walk_back(walk: Walk, carry: Carry) -> Carry:
+def _pull_half(half: Half, evaluation: Evaluation, ct_b: State, ct_value: Any) -> tuple:
+    """The cotangents of parameters, times and argument from that of `b` after a half,
+    and of the evaluation's value, if it was used otherwise too."""
+    ct_increment = half.signed(ct_b)
+    ct_rest = zeros_like_inexact(evaluation.value[1])
+    if ct_value is not None:
+        ct_increment, ct_rest = add_trees(ct_increment, ct_value[0]), ct_value[1]
+    return evaluation.pull((ct_increment, ct_rest))[0]
+
+
+def _change_places(ct_b: State, ct_a: State, ct_p: PyTree, ct_half: tuple) -> tuple:
+    """The cotangents before a half, in the places that the twins have in the other; and
+    those of its times."""
+    ct_p_half, ct_times, ct_a_half = ct_half
+    ct = (add_trees(ct_a, ct_a_half), ct_b), add_trees(ct_p, ct_p_half)
+    return ct, ct_times
+
+
+def _pull_halves(
+    ct: tuple[Pair, PyTree], halves: Half, evaluations: Evaluation, ct_value: PyTree
+) -> tuple:
+    """Pulls back the increments of both halves, when they have been evaluated.
+
+    `ct_value` is the cotangent of the value of the first, apart from that by the step.
+    """
+
+    def pull_half(carry, half_evaluation_ct_value):
+        (ct_b, ct_a), ct_p = carry
+        half, evaluation, ct_value = half_evaluation_ct_value
+        ct_half = _pull_half(half, evaluation, ct_b, ct_value)
+        return _change_places(ct_b, ct_a, ct_p, ct_half)
+
+    ct1, ct_p = ct
+    ct_values = jtu.tree_map(lambda x: jnp.stack([x, jnp.zeros_like(x)]), ct_value)
+    (ct_twins, ct_p), ct_times = through_halves(
+        pull_half,
+        ((ct1.z, ct1.y), ct_p),
+        (halves, evaluations, ct_values),
+        reverse=True,
+        unroll=True,
+    )
+    return ct_twins, ct_p, ct_times
+
+
+def _of_interval(ct_times: tuple[Array, Array] | None) -> tuple[Array, Array] | None:
+    """The cotangents of a step's start and end from those of both halves, stacked."""
+    if ct_times is None:
+        return None
+    start, end = ct_times
+    return start[0] + end[1], end[0] + start[1]
+
+
+def walk_back(
+    walk: Walk, carry: Carry, progress_meter: dfx.AbstractProgressMeter
+) -> Carry:
     """Undoes all the steps, accumulating cotangents."""
-    return lax.while_loop(lambda c: jnp.any(c.num_steps > 0), lambda c: walk(c), carry)
+    total = jnp.maximum(jnp.max(carry.num_steps), 1)
+
+    def undo(carry_and_state):
+        carry, state = carry_and_state
+        carry = walk(carry)
+        left = jnp.max(carry.num_steps) / total
+        return carry, progress_meter.step(state, lax.stop_gradient(1 - left))
+
+    some_left = lambda c: jnp.any(c[0].num_steps > 0)
+    carry, state = lax.while_loop(some_left, undo, (carry, progress_meter.init()))
+    progress_meter.close(state)
+    return carry
 
 
 def walk_back_without_cotangents(
@@ -346,13 +328,16 @@ def walk_back_without_cotangents(
 ) -> Pair:
     """Undoes all the steps: the reconstructed initial pair."""
 
+    def undo_half(half: Half, a: State, _):
+        return psi.evaluate(half.start, half.end, a).value[0], None, None
+
     def undo(carry):
         num_steps, pair = carry
         index, t0, t1 = lane.last_of(num_steps)
-        forward = lambda z: psi.core(t0, t1, z).value[0]
-        backward = lambda y: psi.core(t1, t0, y).value[0]
-        unmix = lambda pair: lane.unmix(pair, index)
-        return num_steps - 1, undo_step(lane.scheme, pair, forward, backward, unmix)
+        mixed, *_ = undo_step(
+            lane.scheme, pair, t0, t1, core=undo_half, extra=None, unroll=False
+        )
+        return num_steps - 1, lane.unmix(mixed, index)
 
     _, pair0 = lax.while_loop(lambda c: c[0] > 0, undo, (num_steps, pair1))
     return pair0

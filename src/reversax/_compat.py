@@ -14,7 +14,7 @@ import jax.numpy as jnp
 # Diffrax's own integration loop, which every adjoint shares. It takes the keyword
 # arguments of `AbstractAdjoint.loop` less `throw` and the `passed_...` flags, plus
 # `inner_while_loop` and `outer_while_loop`; it returns `(final_state, aux_stats)`.
-from diffrax._integrate import loop as integration_loop  # noqa: F401
+from diffrax._integrate import _clip_to_end, loop as integration_loop  # noqa: F401
 from equinox.internal import (
     nondifferentiable as nondifferentiable,
     prevbefore as prevbefore,
@@ -25,6 +25,12 @@ from jaxtyping import Array, PyTree
 
 # Said by Optimistix, whose results Diffrax's extend.
 NONFINITE: Any = dfx.RESULTS.nonfinite
+
+
+def clip_to_end(t0: Any, t1: Any, end: Any, just_below_end: Any, keep: Any) -> Any:
+    """Where Diffrax's loop ends the step that begins at `t0`, if its controller says
+    `t1`, and whether it kept the last one."""
+    return _clip_to_end(t0, t1, end, just_below_end, keep)
 
 
 def buffer_at_set(buffer: Any, index: Any, value: Any, *, pred: Any) -> Any:

@@ -8,19 +8,20 @@ import diffrax as dfx
 import equinox as eqx
 from jaxtyping import PyTree
 
+from ._clock import Clock, Sensitivity, any_of
 from ._compat import NONFINITE, integration_loop, while_loop
 from ._coupling import Pair
+from ._event import reading_out
 from ._increment import AbstractIncrement
 from ._pair import Scheme
 from ._psi import Psi
-from ._setup import Setup, saved_fns
+from ._setup import Setup, saveat_with
 from ._solver import ClosedSolver, Interpolated, TwinState, is_finite
 from ._tape import (
     AbstractTimes,
     PrescribedTimes,
     Record,
     Recorder,
-    RecorderState,
     Tape,
     recording_while_loop,
 )
@@ -37,47 +38,50 @@ class Forward(NamedTuple):
 
 
 def run(
-    parts: tuple[Pair, AbstractIncrement, list],
+    parts: tuple[Pair, AbstractIncrement, list, Clock],
     setup: Setup,
     *,
-    perturbed: PyTree[bool],
+    perturbed: Any,
     axes: tuple | None = None,
     axis_name: Hashable = None,
 ) -> Forward:
     """Solves forward in Diffrax's loop.
 
-    `perturbed` says what of the increment will be differentiated, and `axes` what of it
-    has an axis of lanes, both so that the two passes evaluate it alike. If `perturbed`
-    is `None` there is no other pass.
+    `perturbed` says what of the `parts` will be differentiated, and `axes` what of the
+    increment has an axis of lanes, both so that the two passes evaluate it alike. If
+    `perturbed` is `None` there is no other pass.
     """
-    pair0, increment, fns = parts
+    pair0, increment, fns, clock = parts
     scheme, plan = setup.scheme, setup.plan
     isolated = scheme.arithmetic.exact and perturbed is not None
-    diff, nondiff = eqx.partition(increment, perturbed if isolated else False)
-    psi = Psi(diff, nondiff, axes, axis_name, isolated, setup.error, setup.dense)
+    _, differentiated, _, varied = [False] * 4 if perturbed is None else perturbed
+    diff, nondiff = eqx.partition(increment, differentiated if isolated else False)
+    times = isolated and any_of(varied)
+    psi = Psi(diff, nondiff, axes, axis_name, isolated, setup.error, setup.dense, times)
     solver = ClosedSolver(scheme, psi, setup.base_interpolation_cls, setup.error_order)
     fns = [_save_with(fn, scheme) for fn in fns]
-    saveat = eqx.tree_at(saved_fns, setup.saveat, fns, is_leaf=lambda x: x is None)
-    controller: Any = setup.controller
-    controller_state = setup.init_state.controller_state
-    if not plan.empty:
-        prescribed = times_of(setup) if scheme.arithmetic.exact else None
-        controller = Recorder(controller, plan, prescribed)
-        controller_state = controller.begin(controller_state, setup.t0, pair0)
+    saveat = saveat_with(setup.saveat, fns, clock.ts)
+    controller = _recorder(setup, clock, varied)
+    controller_state = controller.begin(clock.controller_state, clock.t0, pair0)
+    interval = clock.t0, clock.first_end
+    no_step = (None, None) if setup.event is None else (clock.t0, clock.t0)
     init_state = eqx.tree_at(
-        lambda s: (s.y, s.solver_state, s.controller_state),
+        lambda s: (
+            *(s.y, s.solver_state, s.controller_state),
+            *(s.tprev, s.tnext, s.event_tprev, s.event_tnext),
+        ),
         setup.init_state,
-        (pair0, plan.steps_before, controller_state),
+        (pair0, plan.steps_before, controller_state, *interval, *no_step),
         is_leaf=lambda x: x is None,
     )
     final_state, aux_stats = integration_loop(
         solver=solver,
         stepsize_controller=controller,
-        event=None,
+        event=reading_out(setup.event, scheme),
         saveat=saveat,
-        t0=setup.t0,
-        t1=setup.t1,
-        dt0=setup.dt0,
+        t0=clock.t0,
+        t1=clock.t1,
+        dt0=None,
         max_steps=setup.max_steps,
         terms=None,
         args=None,
@@ -89,12 +93,22 @@ def run(
     return _taken_apart(final_state, aux_stats, scheme)
 
 
+def _recorder(setup: Setup, clock: Clock, varied: PyTree[bool]) -> Recorder:
+    """The controller, made to record, with the derivatives of what it records by those
+    numbers of the clock that are `varied`."""
+    sensitivity = None
+    if setup.plan.times and any_of(varied):
+        sensitivity = Sensitivity(*eqx.partition(clock, varied))
+    controller: Any = clock.controller
+    prescribed = times_of(setup, clock)
+    return Recorder(
+        controller, setup.plan, prescribed, sensitivity, setup.just_below_t1
+    )
+
+
 def _taken_apart(final_state: Any, aux_stats: dict, scheme: Scheme) -> Forward:
     """What the loop returns, in its parts."""
-    pair, record = final_state.y, Record(None, None, None)
-    controller_state = final_state.controller_state
-    if isinstance(controller_state, RecorderState):
-        record, controller_state = controller_state.record, controller_state.inner
+    pair, recorded = final_state.y, final_state.controller_state
     result = final_state.result
     if scheme.arithmetic.exact:
         # Looked at now, not at every step, so that lanes of a batch that take the same
@@ -107,12 +121,12 @@ def _taken_apart(final_state: Any, aux_stats: dict, scheme: Scheme) -> Forward:
         (
             scheme.readout(pair),
             TwinState(pair, final_state.solver_state),
-            controller_state,
+            recorded.inner,
             result,
         ),
         is_leaf=lambda x: x is None,
     )
-    return Forward(final_state, aux_stats, pair, record)
+    return Forward(final_state, aux_stats, pair, recorded.record)
 
 
 def _save_with(fn: Callable, scheme: Scheme) -> Callable:
@@ -122,23 +136,14 @@ def _save_with(fn: Callable, scheme: Scheme) -> Callable:
     return save
 
 
-def times_of(setup: Setup) -> PrescribedTimes | None:
+def times_of(setup: Setup, clock: Clock) -> PrescribedTimes | None:
     """The times of the steps, if the controller prescribes them."""
     if setup.plan.times:
         return None
-    init, controller = setup.init_state, cast(Any, setup.controller)
-    return PrescribedTimes(
-        controller,
-        init.controller_state,
-        setup.t0,
-        setup.t1,
-        init.tnext,
-        setup.just_below_t1,
-        setup.scheme.arithmetic.exact,
-    )
+    return PrescribedTimes(clock, setup.just_below_t1)
 
 
-def tape_of(setup: Setup, record: Record) -> Tape:
+def tape_of(setup: Setup, clock: Clock, record: Record) -> Tape:
     """What the way back reads."""
-    times = record.times if setup.plan.times else times_of(setup)
+    times = record.times if setup.plan.times else times_of(setup, clock)
     return Tape(cast(AbstractTimes, times), record, setup.plan)

@@ -2,6 +2,7 @@
 
 `reverse_only` may be passed in reverse mode and not in forward mode, `forward_only`,
 for what the reverse mode returns, the other way round, and `detached` in neither.
+`with_derivative_of` has the value of one thing and the derivative of another.
 
 A `custom_vjp` cannot be differentiated in forward mode, and says so without naming the
 solve it belongs to. Both modes begin with the same forward rule, so the rule cannot
@@ -92,6 +93,34 @@ def _linear_jvp(primals, tangents):
 _forward_only_p = _identity("forward_only", _linear_jvp)
 _forward_tangent_p = _identity("forward_only_tangent", _linear_jvp)
 ad.primitive_transposes[_forward_tangent_p] = _refuse_again
+
+
+_with_derivative_of_p = jax.extend.core.Primitive("with_derivative_of")
+_with_derivative_of_p.def_impl(lambda x, value: value)
+_with_derivative_of_p.def_abstract_eval(lambda x, value: value)
+mlir.register_lowering(
+    _with_derivative_of_p,
+    mlir.lower_fun(lambda x, value: value, multiple_results=False),
+)
+batching.defbroadcasting(_with_derivative_of_p)
+
+
+def _with_derivative_of_jvp(primals, tangents):
+    return _with_derivative_of_p.bind(*primals), tangents[0]
+
+
+ad.primitive_jvps[_with_derivative_of_p] = _with_derivative_of_jvp
+
+
+def with_derivative_of(x: Array, value: Array) -> Array:
+    """Returns `value`, differentiated, any number of times, as if it were `x`.
+
+    Not a `jax.custom_jvp`: of that, JAX keeps the value alone where it linearises a
+    loop, so that a second derivative would be that of `value`.
+
+    **Arguments:** `x` and `value`, arrays of one shape and dtype.
+    """
+    return _with_derivative_of_p.bind(x, value)
 
 
 def forward_only(x: Array) -> Array:

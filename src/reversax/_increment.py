@@ -30,6 +30,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, PyTree, Real
 
 from ._arithmetic import State
@@ -47,7 +48,6 @@ class Advance(NamedTuple):
     or none was asked for."""
     dense_info: PyTree[Array]
     """What the base's `interpolation_cls` needs; `None` if not asked for."""
-    result: dfx.RESULTS
 
 
 class Core(NamedTuple):
@@ -56,6 +56,7 @@ class Core(NamedTuple):
     increment: State
     rest: PyTree[Any]
     """What was met on the way: controls, stages, or whatever a solver returned."""
+    result: dfx.RESULTS
 
 
 class AbstractIncrement(eqx.Module):
@@ -192,6 +193,8 @@ class TableauIncrement(AbstractIncrement):
             y_i = y
             if any(stage_weights):
                 y_i = _add(y, _weighted_sum(stage_weights, ks))  # (RK1)
+                # Else `jax.checkpoint` would keep every term of the sum instead.
+                y_i = jtu.tree_map(lambda x: checkpoint_name(x, "stage"), y_i)
             c = self.tableau.c[i]
             # Not t0 + 1*(t1 - t0), which may miss t1 by an ulp.
             t_i = t1 if c == 1 else (t0 if c == 0 else t0 + c * (t1 - t0))
@@ -204,7 +207,8 @@ class TableauIncrement(AbstractIncrement):
         needed = self.tableau.stages_behind(self.tableau.b)
         self._add_stages(ks, needed, t0, t1, y, control)
         increment = _weighted_sum(self.tableau.b, ks)  # (RK3)
-        return Core(increment, (control, ks) if extends else (None, {}))
+        rest = (control, ks) if extends else (None, {})
+        return Core(increment, rest, dfx.RESULTS.successful)
 
     def extend(
         self, t0: Time, t1: Time, y: State, core: Core, *, error: bool, dense: bool
@@ -226,7 +230,7 @@ class TableauIncrement(AbstractIncrement):
             if with_stages:
                 stages = [ks[i] for i in range(len(tableau.b))]
                 dense_info["k"] = jtu.tree_map(lambda *k: jnp.stack(k), *stages)
-        return Advance(core.increment, estimate, dense_info, dfx.RESULTS.successful)
+        return Advance(core.increment, estimate, dense_info)
 
     def close(self, t: Time, y: State) -> "TableauIncrement":
         contr = eqx.filter_closure_convert(self.contr, t, t)
@@ -245,17 +249,16 @@ class StepIncrement(AbstractIncrement):
         increment = jtu.tree_map(lambda a, b: a - b, y1, y)  # (S)
         if not extends:
             estimate, dense_info = None, None
-        return Core(increment, (estimate, dense_info, result))
+        return Core(increment, (estimate, dense_info), result)
 
     def extend(
         self, t0: Time, t1: Time, y: State, core: Core, *, error: bool, dense: bool
     ) -> Advance:
-        estimate, dense_info, result = core.rest
+        estimate, dense_info = core.rest
         return Advance(
             core.increment,
             estimate if error else None,
             dense_info if dense else None,
-            result,
         )
 
     def close(self, t: Time, y: State) -> "StepIncrement":

@@ -11,14 +11,14 @@ it was saved: the first one that ends at or after it.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, PyTree, Real
 
 from ._arithmetic import State
 from ._coupling import Index
@@ -40,18 +40,25 @@ def close_fn(sub: dfx.SubSaveAt, args: PyTree, t: Time, y: State) -> Callable:
     return eqx.filter_closure_convert(lambda t, y: sub.fn(t, y, args), t, y)
 
 
+class Pulled(NamedTuple):
+    """Cotangents of a saved function, and of the time and state it was applied to."""
+
+    fn: PyTree[Array]
+    t: Array
+    y: State
+
+
 class Observation(eqx.Module):
     """The outputs of one `SubSaveAt`: where they were saved, and their cotangents.
 
-    `ct_ys` has the structure of `ys`, with `None` for what is not differentiable.
-    The methods return cotangents of `fn`, with those of what it was applied to.
+    `ct_ys` has the structure of `ys`, with `None` for what is not differentiable;
+    `ct_ts`, of the times that are returned, is there if times are differentiated.
     """
 
     sub: dfx.SubSaveAt
+    ts: Real[Array, " times"] | None
     ct_ys: PyTree[Array]
-
-    def _ct_row(self, row: Index) -> PyTree[Array]:
-        return jtu.tree_map(lambda x: x[row], self.ct_ys)
+    ct_ts: Real[Array, " rows"] | None
 
     def _row(self, num_ts: Index, num_steps: Index) -> Index:
         row = int(self.sub.t0) + num_ts  # (R)
@@ -59,51 +66,60 @@ class Observation(eqx.Module):
             row = row + num_steps // self.sub.steps
         return row
 
+    def _pull(self, fn: Callable, t: Time, y: State, row: Any) -> Pulled:
+        """Pulls back the outputs in a row, or the sum of several: `t`, `fn(t, y)`."""
+        sum_rows = lambda x: x[row].sum(axis=0) if isinstance(row, slice) else x[row]
+        ct_ys, ct_ts = jtu.tree_map(sum_rows, (self.ct_ys, self.ct_ts))
+        primals = fn, jnp.asarray(t), y
+        _, pull = eqx.filter_vjp(lambda p: _inexact(p[0](p[1], p[2])), primals)
+        ct_fn, ct_t, ct_y = _inexact(pull(ct_ys)[0])
+        return Pulled(ct_fn, ct_t if ct_ts is None else ct_t + ct_ts, ct_y)
+
+    def _nothing(self, fn: Callable, t: Time, y: State) -> Pulled:
+        return Pulled(*zeros_like_inexact((fn, jnp.asarray(t), y)))
+
     def pull_final(
         self, fn: Callable, t: Time, readout: State, num_ts: Index, num_steps: Index
-    ) -> tuple[PyTree, State]:
+    ) -> Pulled:
         """Pulls back what `t1=True` saved, after `num_steps` steps."""
-        zeros = zeros_like_inexact((fn, readout))
+        zeros = self._nothing(fn, t, readout)
         if not self.sub.t1 or self.sub.steps == 1:
             return zeros  # With `steps=1` it is the last step's output.
-        ct = self._ct_row(self._row(num_ts, num_steps))
-        ct = _pull_fn(fn, t, readout, ct)
+        ct = self._pull(fn, t, readout, self._row(num_ts, num_steps))
         if self.sub.steps == 0:
             return ct
         return _where(jnp.asarray(num_steps % self.sub.steps != 0), ct, zeros)
 
     def pull_initial(
         self, fn: Callable, t0: Time, readout: State, trivial: Bool[Array, ""]
-    ) -> tuple[PyTree, State]:
+    ) -> Pulled:
         """Pulls back what was saved before the first step.
 
         That is what `t0=True` saved; and in a trivial solve, with `t0 == t1`, all of
         `ts`, whose outputs are then one and the same.
         """
-        zeros = zeros_like_inexact((fn, readout))
+        zeros = self._nothing(fn, t0, readout)
         ct = zeros
         if self.sub.t0:
-            ct = _pull_fn(fn, t0, readout, self._ct_row(jnp.array(0)))
-        if self.sub.ts is not None:
-            first, size = int(self.sub.t0), len(self.sub.ts)
-            rows = jtu.tree_map(lambda x: x[first : first + size], self.ct_ys)
-            ct_sum = jtu.tree_map(lambda x: x.sum(axis=0), rows)
-            ct_ts = _pull_fn(fn, t0, readout, ct_sum)
+            ct = self._pull(fn, t0, readout, jnp.array(0))
+        if self.ts is not None:
+            first, size = int(self.sub.t0), len(self.ts)
+            ct_ts = self._pull(fn, t0, readout, slice(first, first + size))
             ct = add_trees(ct, _where(trivial, ct_ts, zeros))
         return ct
 
     def pull_step_end(
         self, fn: Callable, t1: Time, readout1: State, num_ts: Index, index: Index
-    ) -> tuple[PyTree, State]:
+    ) -> Pulled:
         """Pulls back what `steps` saved at the end of step `index`.
 
         `num_ts` is how many of `ts` had been saved by then.
         """
-        zeros = zeros_like_inexact((fn, readout1))
+        zeros = self._nothing(fn, t1, readout1)
         if self.sub.steps == 0:
             return zeros
         row = self._row(num_ts, index + 1) - 1
-        pull = lambda: _pull_fn(fn, t1, readout1, self._ct_row(row))
+        pull = lambda: self._pull(fn, t1, readout1, row)
         if self.sub.steps == 1:
             return pull()
         return lax.cond((index + 1) % self.sub.steps == 0, pull, lambda: zeros)
@@ -117,37 +133,45 @@ class Observation(eqx.Module):
         ends: StepEnds,
         num_ts: Index,
         index: Index,
-    ) -> tuple[Index, tuple[PyTree, StepEnds]]:
+        ct_ts: Array | None,
+    ) -> tuple[Index, Array | None, PyTree, StepEnds, tuple[Array, Array]]:
         """Pulls back what was saved at `ts` inside step `index`.
 
         `num_ts` is how many of `ts` had been saved at the end of the step; returns how
-        many had been at its start, and the cotangents of `fn` and `ends`.
+        many had been at its start, and the cotangents of `ts` (added to those so far,
+        if times are differentiated), of `fn`, of `ends` and of the interval.
         """
-        ct = zeros_like_inexact((fn, ends))
-        ts = self.sub.ts
+        interval = jnp.asarray(interval[0]), jnp.asarray(interval[1])
+        ct = zeros_like_inexact((fn, ends, interval))
+        ts = self.ts
         if ts is None:
-            return num_ts, ct
-        t0, t1 = interval
+            return num_ts, ct_ts, *ct
 
-        def saved(fn_and_ends, t):
-            fn, ends = fn_and_ends
+        def interpolate(ends_and_interval, t):
+            ends, (t0, t1) = ends_and_interval
             info = dense_info(ends)
-            y = TwinInterpolation(base_cls=base_cls, t0=t0, t1=t1, **info).evaluate(t)
-            return _inexact(fn(t, y))
+            return TwinInterpolation(base_cls=base_cls, t0=t0, t1=t1, **info).evaluate(
+                t
+            )
 
         def inside(carry):
-            j, _ = carry
+            j, *_ = carry
             # The first step saved whatever lies before its end.
             return (j > 0) & ((index == 0) | (ts[j - 1] > previous_end))
 
         def pull_one(carry):
-            j, ct = carry
+            j, ct_ts, (ct_fn, *ct) = carry
             j = j - 1
-            _, pull = eqx.filter_vjp(lambda p: saved(p, ts[j]), (fn, ends))
-            (ct_here,) = pull(self._ct_row(self._row(j, index)))
-            return j, add_trees(ct, _inexact(ct_here))
+            y, pull = eqx.filter_vjp(interpolate, (ends, interval), ts[j])
+            pulled = self._pull(fn, ts[j], y, self._row(j, index))
+            ct_here, ct_t = _inexact(pull(pulled.y))
+            if ct_ts is not None:
+                ct_ts = ct_ts.at[j].add(pulled.t + ct_t)
+            ct = add_trees((ct_fn, *ct), (pulled.fn, *ct_here))
+            return j, ct_ts, ct
 
-        return lax.while_loop(inside, pull_one, (num_ts, ct))
+        num_ts, ct_ts, ct = lax.while_loop(inside, pull_one, (num_ts, ct_ts, ct))
+        return num_ts, ct_ts, *ct
 
 
 def _inexact(tree: PyTree) -> PyTree:
@@ -158,16 +182,7 @@ def zeros_like_inexact(tree: PyTree) -> PyTree[Array]:
     return jtu.tree_map(jnp.zeros_like, _inexact(tree))
 
 
-def _pull_fn(
-    fn: Callable, t: Time, y: State, ct: PyTree[Array]
-) -> tuple[PyTree, State]:
-    """The cotangents of `fn` and `y` from that of `fn(t, y)`."""
-    _, pull = eqx.filter_vjp(lambda p: _inexact(p[0](t, p[1])), (fn, y))
-    (ct_fn_and_y,) = pull(ct)
-    return _inexact(ct_fn_and_y)
-
-
-def _where(pred: Bool[Array, ""], a: PyTree[Array], b: PyTree[Array]) -> PyTree[Array]:
+def _where(pred: Bool[Array, ""], a: Any, b: Any) -> Any:
     # Applied after a pull-back: what was never saved may not be differentiable, and
     # nothing times infinity is not nothing.
     return jtu.tree_map(lambda x, y: jnp.where(pred, x, y), a, b)

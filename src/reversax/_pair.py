@@ -12,6 +12,11 @@ and, undone in the opposite order,
     (B1)   y  = y1 - Psi_{h}(t0, z)
     (BC)   (y0, z0) = unmix(y, z)
 
+The two halves of a step have one form, `b += s Psi(from, to, a)` and then `a`, `b`
+change places, begun with `(a, b) = (z, y)`: with `s = 1` from `t0` to `t1` it is (F1),
+with `s = -1` from `t1` to `t0` (F2). They are written, traced and, in a loop of two
+trips, compiled once.
+
 (McCallum & Foster, arXiv 2410.11648, equations (4) and (5), with their coupling.) All
 of these act on codes of states (`_arithmetic.py`), the increments on states.
 
@@ -37,13 +42,16 @@ from typing import Any, NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
+import jax
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from ._arithmetic import AbstractArithmetic, FloatingPoint, State
 from ._coupling import AbstractCoupling, Index, Pair
-from ._increment import Advance, Time
+from ._increment import Core, Time
 
 
 class Scheme(eqx.Module):
@@ -102,68 +110,139 @@ class Scheme(eqx.Module):
         return Pair(add(pair.y, shift), add(pair.z, shift))
 
 
+class Half(NamedTuple):
+    """Half a step: where its increment leads from and to, and the sign it comes with.
+
+    Or both halves, stacked.
+    """
+
+    start: Time
+    end: Time
+    sign: Array | np.ndarray
+
+    def signed(self, increment: State) -> State:
+        """`s Psi`."""
+        return jtu.tree_map(lambda x: x * self.sign.astype(x.dtype), increment)
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray)
+
+
+def through_halves(
+    fn: Callable[[Any, Any], tuple[Any, Any]],
+    carry: PyTree[Array],
+    halves: PyTree[Array],
+    *,
+    reverse: bool = False,
+    unroll: bool = False,
+) -> tuple[PyTree[Array], PyTree[Any]]:
+    """`jax.lax.scan` over the two halves of a step, but `fn` may be given, and return,
+    what is no array, if it is the same for both."""
+    noted: list = []
+    halves, static = eqx.partition(halves, _is_array)
+
+    def body(carry, half):
+        carry, out = fn(carry, eqx.combine(half, static))
+        arrays, others = eqx.partition(out, eqx.is_array)
+        noted.append(others)
+        return carry, arrays
+
+    carry, out = lax.scan(body, carry, halves, reverse=reverse, unroll=2 * unroll or 1)
+    return carry, eqx.combine(out, noted[-1])
+
+
+def halves_of(t0: Time, t1: Time) -> Half:
+    """Both halves of the step from `t0` to `t1`."""
+    sign = np.array([1.0, -1.0], np.float32)
+    return Half(jnp.stack([t0, t1]), jnp.stack([t1, t0]), sign)
+
+
+def half_of(stacked: PyTree, i: int) -> PyTree:
+    """Of what both halves gave, stacked, that of (F1), 0, or of (F2), 1."""
+    return jtu.tree_map(lambda x: x[i] if eqx.is_array(x) else x, stacked)
+
+
 class Step(NamedTuple):
     """A reversible step: the pair at its end, and what was met on the way."""
 
     pair1: Pair
     z: State
     """The decoded twin that the forward increment started from."""
-    forward: Advance
-    """The forward increment, with the base's error estimate and dense output."""
-    backward: Advance
+    core: Core
+    """Of the increments of both halves, stacked."""
 
 
 def take_step(
     scheme: Scheme,
     pair0: Pair,
     index: Index,
-    forward: Callable[[State], Advance],
-    backward: Callable[[State], Advance],
+    t0: Time,
+    t1: Time,
+    core: Callable[[Time, Time, State], Core],
 ) -> Step:
-    """(C), (F1), (F2): `forward` is `Psi_h(t0, .)`, `backward` `Psi_{-h}(t1, .)`, and
+    """(C), (F1), (F2): `core(ta, tb, .)` is the increment from `ta` to `tb`, and
     `index` counts the accepted steps."""
     arithmetic = scheme.arithmetic
     mixed = scheme.mix(pair0, index)  # (C)
-    z = arithmetic.decode(mixed.z)
-    ahead = forward(z)
-    y1 = arithmetic.add(mixed.y, ahead.increment)  # (F1)
-    behind = backward(arithmetic.decode(y1))
-    z1 = arithmetic.subtract(mixed.z, behind.increment)  # (F2)
-    return Step(Pair(y1, z1), z, ahead, behind)
+
+    def take_half(twins, half: Half):
+        a, b = twins
+        out = core(half.start, half.end, arithmetic.decode(a))
+        return (arithmetic.add(b, half.signed(out.increment)), a), out  # (F1, F2)
+
+    halves = halves_of(t0, t1)
+    (z1, y1), out = through_halves(take_half, (mixed.z, mixed.y), halves)
+    return Step(Pair(y1, z1), arithmetic.decode(mixed.z), out)
 
 
 def undo_step(
     scheme: Scheme,
     pair1: Pair,
-    forward: Callable[[State], State],
-    backward: Callable[[State], State],
-    unmix: Callable[[Pair], Pair],
-) -> Pair:
-    """(B2), (B1), (BC): the pair that `take_step` started from.
+    t0: Time,
+    t1: Time,
+    core: Callable[[Half, State, Any], tuple[State, Any, Any]],
+    extra: PyTree[Array],
+    *,
+    unroll: bool,
+) -> tuple[Pair, PyTree[Array], PyTree[Any]]:
+    """(B2), (B1): the mixed pair, which `take_step` had after (C).
 
-    `forward` and `backward` are as there but return the increment alone.
+    `core(half, a, extra)` returns the increment of a half from the twin `a`, `extra` as
+    it is to be handed to the other half, and anything else. The last `extra`, and what
+    else both halves returned, stacked, are returned with the pair.
     """
     arithmetic = scheme.arithmetic
-    z = arithmetic.add(pair1.z, backward(arithmetic.decode(pair1.y)))  # (B2)
-    y = arithmetic.subtract(pair1.y, forward(arithmetic.decode(z)))  # (B1)
-    return unmix(Pair(y, z))  # (BC)
+
+    def undo_half(carry, half: Half):
+        (b, a), extra = carry
+        increment, extra, out = core(half, arithmetic.decode(a), extra)
+        b = arithmetic.subtract(b, half.signed(increment))  # (B2, B1)
+        return ((a, b), extra), out
+
+    carry = (pair1.z, pair1.y), extra
+    halves = halves_of(t0, t1)
+    ((z, y), extra), out = through_halves(
+        undo_half, carry, halves, reverse=True, unroll=unroll
+    )
+    return Pair(y, z), extra, out
 
 
-def error_estimate(step: Step, watches_gap: bool) -> State:
+def error_estimate(increments: State, error: State | None, watches_gap: bool) -> State:
     """What a controller should keep small: the base's estimate and (E), or one of them.
+
+    `increments` are those of both halves, stacked, `error` the base's estimate.
 
     (E) is there if the coupling watches the gap or the base has no estimate. The gap
     between the twins grows by (E) in this step. On a damped problem that is mostly the
     parasitic mode, which the base's own estimate cannot see.
     """
-    gap = jtu.tree_map(
-        lambda a, b: jnp.abs(a + b), step.forward.increment, step.backward.increment
-    )  # (E)
-    if step.forward.error is None:
+    gap = jtu.tree_map(lambda x: jnp.abs(x[0] + x[1]), increments)  # (E)
+    if error is None:
         return gap
     if not watches_gap:
-        return step.forward.error
-    return jtu.tree_map(lambda e, g: jnp.abs(e) + g, step.forward.error, gap)
+        return error
+    return jtu.tree_map(lambda e, g: jnp.abs(e) + g, error, gap)
 
 
 class StepEnds(NamedTuple):

@@ -38,62 +38,77 @@ class Psi(eqx.Module):
     """Whether the forward pass needs error estimates."""
     dense: bool = eqx.field(static=True)
     """Whether both passes need dense output."""
+    times: bool = eqx.field(static=True)
+    """Whether the times of the steps are differentiated too."""
 
-    def __call__(
-        self, t0: Time, t1: Time, y: State, *, error: bool, dense: bool
-    ) -> Advance:
-        """An increment, in the forward pass of one lane."""
-        increment = eqx.combine(self.diff, self.nondiff)
+    def core(self, t0: Time, t1: Time, y: State, *, extends: bool) -> Core:
+        """The core of an increment, in the forward pass of one lane."""
         if not self.isolated:
-            core = increment.core(t0, t1, y, extends=self.error or self.dense)
-        elif self.axes is None:
-            core = as_core(self.core(t0, t1, y))
-        else:
-            core = self._core_of_lane(t0, t1, y)
-        return increment.extend(t0, t1, y, core, error=error, dense=dense)
+            increment = eqx.combine(self.diff, self.nondiff)
+            return increment.core(t0, t1, y, extends=extends)
+        if self.axes is None:
+            return as_core(self.evaluate(t0, t1, y))
+        return self._core_of_lane(t0, t1, y)
 
-    def core(self, t0: Time, t1: Time, y: State) -> Evaluation:
-        """The core of an increment and its pull-back to `(diff, y)`.
+    def extend(self, *args, error: bool, dense: bool) -> Advance:
+        """As that of the increment, in the forward pass of one lane."""
+        increment = eqx.combine(self.diff, self.nondiff)
+        return increment.extend(*args, error=error, dense=dense)
+
+    def evaluate(self, t0: Time, t1: Time, y: State) -> Evaluation:
+        """The core of an increment and its pull-back to `(diff, times, y)`, with
+        `times` the pair `(t0, t1)`, or nothing if they are not differentiated.
 
         With lanes, of all of them: `t0`, `t1` and `y` have a leading axis. The value is
         the pair of the increment and what dense output depends on.
         """
 
         def fn(x, rest):
-            (diff, y), (nondiff, t0, t1) = x, rest
+            (diff, times, y), (nondiff, fixed_times) = x, rest
+            t0, t1 = fixed_times if times is None else times
             increment = eqx.combine(diff, nondiff)
             core = increment.core(t0, t1, y, extends=self.error or self.dense)
             inexact, other = eqx.partition(core.rest, eqx.is_inexact_array)
             if not self.dense:
                 inexact, other = None, core.rest
-            return (core.increment, inexact), other
+            return (core.increment, inexact), (other, core.result)
 
-        x, rest = (self.diff, y), (self.nondiff, t0, t1)
+        times, fixed_times = self._times(t0, t1)
+        x, rest = (self.diff, times, y), (self.nondiff, fixed_times)
         if self.axes is not None:
-            in_axes = (self.axes[0], eqx.if_array(0)), (self.axes[1], 0, 0)
+            mapped = eqx.if_array(0)
+            in_axes = (self.axes[0], mapped, mapped), (self.axes[1], mapped)
             fn = eqx.filter_vmap(fn, in_axes=in_axes, axis_name=self.axis_name)
         if self.isolated:
             return evaluate_isolated(fn, x, rest, jnp.asarray(t1))
         return evaluate(fn, x, rest)
 
     def dense_info(self, t0: Time, t1: Time, y: State, core: Evaluation) -> Evaluation:
-        """The base's `dense_info`, and its pull-back to `(diff, y)` and the value of
-        the core; with lanes as there."""
+        """The base's `dense_info`, and its pull-back to `(diff, times, y)` and the
+        value of the core; with lanes as there."""
 
         def fn(x, rest):
-            (diff, y, value), (nondiff, t0, t1, other) = x, rest
-            core = Core(value[0], eqx.combine(value[1], other))
+            (diff, times, y, value), (nondiff, fixed_times, other) = x, rest
+            t0, t1 = fixed_times if times is None else times
+            core = Core(value[0], eqx.combine(value[1], other[0]), other[1])
             increment = eqx.combine(diff, nondiff)
             advance = increment.extend(t0, t1, y, core, error=False, dense=True)
             return eqx.partition(advance.dense_info, eqx.is_inexact_array)
 
-        x = (self.diff, y, core.value)
-        rest = (self.nondiff, t0, t1, core.other)
+        times, fixed_times = self._times(t0, t1)
+        x = (self.diff, times, y, core.value)
+        rest = (self.nondiff, fixed_times, core.other)
         if self.axes is not None:
             mapped = eqx.if_array(0)
-            in_axes = (self.axes[0], mapped, mapped), (self.axes[1], 0, 0, mapped)
+            in_axes = (self.axes[0], mapped, mapped, mapped)
+            in_axes = in_axes, (self.axes[1], mapped, mapped)
             fn = eqx.filter_vmap(fn, in_axes=in_axes, axis_name=self.axis_name)
         return evaluate(fn, x, rest)
+
+    def _times(self, t0: Time, t1: Time) -> tuple:
+        """The times as differentiated, and as not: one of them nothing."""
+        times = jnp.asarray(t0), jnp.asarray(t1)
+        return (times, None) if self.times else (None, times)
 
     def _core_of_lane(self, t0: Time, t1: Time, y: State) -> Core:
         """The core of one lane, which becomes that of all lanes as soon as `vmap` is
@@ -120,9 +135,9 @@ class Psi(eqx.Module):
 
         def core(psi_axes, flat):
             diff, nondiff, *rest = eqx.combine(treedef.unflatten(flat), static)
-            options = (self.axis_name, self.isolated, self.error, self.dense)
-            psi = Psi(diff, nondiff, psi_axes, *options)
-            arrays, others = eqx.partition(as_core(psi.core(*rest)), eqx.is_array)
+            options = (self.isolated, self.error, self.dense, self.times)
+            psi = Psi(diff, nondiff, psi_axes, self.axis_name, *options)
+            arrays, others = eqx.partition(as_core(psi.evaluate(*rest)), eqx.is_array)
             noted.append(others)
             return arrays
 
@@ -138,8 +153,8 @@ class Psi(eqx.Module):
 
 
 def as_core(evaluation: Evaluation) -> Core:
-    (increment, inexact), other = evaluation.value, evaluation.other
-    return Core(increment, eqx.combine(inexact, other))
+    (increment, inexact), (other, result) = evaluation.value, evaluation.other
+    return Core(increment, eqx.combine(inexact, other), result)
 
 
 def _in_each(size: int, x: Array, axis: int | None, batched: bool) -> Array:

@@ -1,5 +1,6 @@
 """`round_trip_error`: how well a solve can be undone, measured without a gradient."""
 
+import functools as ft
 from typing import NamedTuple
 
 import diffrax as dfx
@@ -8,10 +9,11 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Int, PyTree
 
 from ._arithmetic import State
-from ._backward import Walk, make_lane, walk_back_without_cotangents
+from ._backward import Walk, walk_back_without_cotangents
 from ._compat import nondifferentiable
 from ._coupling import Pair
 from ._forward import run
+from ._one_lane import Outputs, make_lane
 from ._setup import set_up
 
 _CALL = "`reversax.round_trip_error(...)`"
@@ -36,29 +38,28 @@ class _ThereAndBack(dfx.AbstractAdjoint):
 
     def loop(self, *, throw, passed_solver_state, passed_controller_state, **solve):
         del passed_controller_state
-        (pair0, increment, fns), setup = set_up(
+        (pair0, increment, fns, clock), setup = set_up(
             **solve,
             call=_CALL,
             throw=throw,
             passed_solver_state=passed_solver_state,
             round_trip_tolerance=None,
             restart_every=None,
+            backward_meter=dfx.NoProgressMeter(),
         )
-        parts = nondifferentiable((pair0, increment), msg=_NO_DERIVATIVE)
-        pair0, increment = parts
+        pair0, increment = nondifferentiable((pair0, increment), msg=_NO_DERIVATIVE)
+        clock = nondifferentiable(clock, msg=_NO_DERIVATIVE)
+        parts = pair0, increment, fns, clock
         # As for a gradient with respect to everything, so that the same is measured.
-        perturbed = jtu.tree_map(eqx.is_inexact_array, increment)
-        forward = run((pair0, increment, fns), setup, perturbed=perturbed)
-        no_outputs = [None for _ in fns]
-        lane = make_lane(
-            (increment, fns),
-            setup,
-            forward.record,
-            no_outputs,
-            False,
-            (perturbed, jtu.tree_map(lambda _: False, fns)),
-        )
+        nothing = ft.partial(jtu.tree_map, lambda _: False)
+        increments = jtu.tree_map(eqx.is_inexact_array, increment)
+        perturbed = nothing(pair0), increments, nothing(fns), nothing(clock)
+        forward = run(parts, setup, perturbed=perturbed)
         num_steps = forward.final_state.num_accepted_steps
+        no_outputs: list = [None for _ in fns]
+        none = Outputs(None, no_outputs, no_outputs, *[None] * 5)
+        record = forward.record
+        lane = make_lane(parts, setup, record, none, (num_steps, None), perturbed)
         psi = Walk(lane, None, None).psi
         reconstructed = walk_back_without_cotangents(lane, psi, forward.pair, num_steps)
         error = setup.scheme.difference(reconstructed, pair0)

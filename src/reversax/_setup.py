@@ -20,15 +20,16 @@ import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from ._arithmetic import State
-from ._compat import nondifferentiable
+from ._clock import Clock, just_below
+from ._event import close_event, without_derivatives
 from ._increment import Time, make_increment
 from ._observe import close_fn, is_subsaveat
 from ._pair import Scheme
 from ._solver import Reversible, TwinState, check_problem
-from ._tape import Plan, just_below, prescribes_times
+from ._tape import Plan, prescribes_times
 
 CALL = "`diffrax.diffeqsolve(..., adjoint=reversax.ReversibleAdjoint())`"
 
@@ -43,17 +44,18 @@ class Setup(eqx.Module):
     """Whether the controller needs error estimates."""
     dense: bool = eqx.field(static=True)
     """Whether any output lies between steps."""
-    controller: dfx.AbstractStepSizeController
     saveat: dfx.SaveAt
-    """With nothing in the place of each `fn`."""
+    """With nothing in the place of each `fn` and `ts`."""
+    event: dfx.Event | None
+    """Without a root finder, and with conditions that are functions of time and state
+    alone."""
     init_state: Any
-    """Diffrax's own, with nothing in the places of `y` and `solver_state`."""
-    t0: Array
-    t1: Array
+    """Diffrax's own, with nothing in the places of `y`, of the times, and of the states
+    of solver and controller."""
     just_below_t1: Time
-    dt0: Array | None
     max_steps: int | None = eqx.field(static=True)
     progress_meter: dfx.AbstractProgressMeter
+    backward_meter: dfx.AbstractProgressMeter
     round_trip_tolerance: float | None = eqx.field(static=True)
     throw: bool = eqx.field(static=True)
 
@@ -93,26 +95,15 @@ def _check_call(
             f"{call} needs `solver=reversax.Reversible(...)`, got `{name}`. {wrap}; or "
             "use `adjoint=diffrax.RecursiveCheckpointAdjoint()`."
         )
-    if event is not None:
-        raise NotImplementedError(
-            f"{call} does not support `event=...` yet, got {event!r}. Use "
-            "`adjoint=diffrax.RecursiveCheckpointAdjoint()` with the same solver."
-        )
-    if saveat.dense:
-        raise NotImplementedError(
-            f"{call} does not support `saveat=diffrax.SaveAt(dense=True)` yet. Save "
-            "at given times with `SaveAt(ts=...)`, or use "
-            "`adjoint=diffrax.RecursiveCheckpointAdjoint()` with the same solver."
-        )
-    prescribed = prescribes_times(stepsize_controller)
-    if max_steps is None and not prescribed:
+    if max_steps is None and _records_times(stepsize_controller, event):
         name = type(stepsize_controller).__name__
+        what = f"`stepsize_controller={name}(...)`" if event is None else "`event=...`"
         raise ValueError(
-            f"{call} got `max_steps=None` with `stepsize_controller={name}(...)`. The "
-            "times of the steps that an adaptive controller accepts are recorded, two "
+            f"{call} got `max_steps=None` with {what}. The times of the steps that an "
+            "adaptive controller accepts, or that precede an event, are recorded, two "
             "numbers a step, so their number must be bounded: pass `max_steps=...`, or "
-            "use `diffrax.ConstantStepSize()` or `diffrax.StepTo(...)`, which need no "
-            "record."
+            "without an event use `diffrax.ConstantStepSize()` or "
+            "`diffrax.StepTo(...)`, which need no record."
         )
     if max_steps is None and solver.scheme.sheds_every is not None:
         raise ValueError(
@@ -157,25 +148,19 @@ def _restart_every(
     return every if every < max_steps else None
 
 
-def _constant(tree: PyTree, what: str) -> PyTree:
-    """Refuses to be differentiated with respect to `tree`, rather than give zero."""
-    message = (
-        f"{CALL} cannot be differentiated with respect to {what}: it gives gradients "
-        "with respect to `y0`, `args`, and parameters of the terms and of "
-        "`SaveAt(fn=...)`. Apply `jax.lax.stop_gradient` to it if no such gradient is "
-        "wanted, or use `adjoint=diffrax.RecursiveCheckpointAdjoint()` with the same "
-        "solver."
-    )
-    return nondifferentiable(tree, msg=message)
+def _records_times(controller: Any, event: dfx.Event | None) -> bool:
+    # Constant steps towards an event may have no end, and then are found by adding up.
+    return event is not None or not prescribes_times(controller)
 
 
-def _finite(t1: Array) -> Array:
+def _finite(t1: Array, event: dfx.Event | None) -> Array:
+    if event is not None:
+        return t1
     return eqx.error_if(
         t1,
         ~jnp.isfinite(t1),
-        f"{CALL} got an infinite `t1`. Only an event could end such a solve, and "
-        "events are not supported yet: pass a finite `t1`, or use "
-        "`adjoint=diffrax.RecursiveCheckpointAdjoint()` with the same solver.",
+        f"{CALL} got an infinite `t1`. Only an event could end such a solve: pass "
+        "`event=...`, or a finite `t1`.",
     )
 
 
@@ -206,6 +191,7 @@ def set_up(
     progress_meter,
     round_trip_tolerance,
     restart_every,
+    backward_meter,
 ):
     """Splits a solve into what is differentiated and a `Setup`."""
     controller = stepsize_controller
@@ -215,45 +201,72 @@ def set_up(
     state = _first_state(scheme, y0, init_state.solver_state, passed_solver_state)
     increment = make_increment(solver.solver, terms, args).close(t0, y0)
     fns = [close_fn(sub, args, t0, y0) for sub in _subs(saveat)]
-    saveat = eqx.tree_at(lambda s: saved_fns(s), saveat, replace_fn=lambda _: None)
-    places = lambda s: (s.y, s.solver_state)
-    init_state = eqx.tree_at(places, init_state, (None, None), is_leaf=_is_none)
-    # First, so that a derivative in one of these is not blamed on what follows from it.
-    t0, t1, dt0 = _constant((t0, t1, dt0), "`t0`, `t1` or `dt0`")
-    adapts = not prescribes_times(controller)
+    clock = _clock(t0, _finite(t1, event), controller, init_state, saveat)
+    located = event is not None and event.root_finder is not None
+    dense = saveat.dense or located or any(ts is not None for ts in clock.ts)
+    if event is not None:
+        known = dict(terms=terms, solver=solver, t0=t0, t1=t1, dt0=dt0, saveat=saveat)
+        known.update(stepsize_controller=controller, max_steps=max_steps)
+        event = close_event(event, known, args, t0, y0)
+        init_state = without_derivatives(init_state, y0, dense)
     every = _restart_every(restart_every, scheme, y0, max_steps, round_trip_tolerance)
-    plan = Plan(
-        scheme=_constant(scheme, "the coupling or the arithmetic"),
-        times=adapts,
-        restart_every=every,
-        max_steps=max_steps,
-        steps_before=state.num_steps,
-    )
-    return (state.pair, increment, fns), Setup(
+    times = _records_times(controller, event)
+    plan = Plan(scheme, times, every, max_steps, steps_before=state.num_steps)
+    return (state.pair, increment, fns, clock), Setup(
         plan=plan,
         base_interpolation_cls=solver.solver.interpolation_cls,
         error_order=solver.error_order(terms),
-        error=adapts,
-        dense=any(sub.ts is not None for sub in _subs(saveat)),
-        controller=_constant(controller, "the step-size controller"),
-        saveat=_constant(saveat, "the times of `SaveAt(ts=...)`"),
-        init_state=_constant(init_state, "the controller's state"),
-        t0=t0,
-        t1=_finite(t1),
+        error=not prescribes_times(controller),
+        dense=dense,
+        saveat=_without_arrays(saveat, located),
+        event=event,
+        init_state=_without_parts(init_state),
         just_below_t1=just_below(t1),
-        dt0=dt0,
         max_steps=max_steps,
         progress_meter=progress_meter,
+        backward_meter=backward_meter,
         round_trip_tolerance=round_trip_tolerance,
         throw=throw,
     )
+
+
+def _clock(t0, t1, controller, init_state: Any, saveat: dfx.SaveAt) -> Clock:
+    return Clock(
+        t0=t0,
+        t1=t1,
+        first_end=init_state.tnext,
+        controller=controller,
+        controller_state=init_state.controller_state,
+        ts=[sub.ts for sub in _subs(saveat)],
+    )
+
+
+def _without_arrays(saveat: dfx.SaveAt, located: bool) -> dfx.SaveAt:
+    """With nothing in the place of each `fn` and `ts`; and if the final state is yet to
+    be located, without saving it."""
+    places = lambda s: [x for sub in _subs(s) for x in (sub.fn, sub.ts, sub.t1)]
+    none_but_t1 = lambda sub: (None, None, sub.t1 and not located)
+    instead = [x for sub in _subs(saveat) for x in none_but_t1(sub)]
+    return eqx.tree_at(places, saveat, instead, is_leaf=_is_none)
+
+
+def saveat_with(saveat: dfx.SaveAt, fns: list, ts: list) -> dfx.SaveAt:
+    """With these in their places again."""
+    places = lambda s: [x for sub in _subs(s) for x in (sub.fn, sub.ts)]
+    instead = [x for pair in zip(fns, ts, strict=True) for x in pair]
+    return eqx.tree_at(places, saveat, instead, is_leaf=_is_none)
+
+
+def _without_parts(init_state: Any) -> Any:
+    """With nothing in the places of what the differentiated parts hold."""
+    places = lambda s: (
+        *(s.y, s.solver_state, s.controller_state),
+        *(s.tprev, s.tnext, s.event_tprev, s.event_tnext),
+    )
+    return eqx.tree_at(places, init_state, [None] * 7, is_leaf=_is_none)
 
 
 def _subs(saveat: dfx.SaveAt) -> list[dfx.SubSaveAt]:
     # `subs` may hold `None`s, and is one if only states are saved.
     leaves = jtu.tree_leaves(saveat.subs, is_leaf=is_subsaveat)
     return [sub for sub in leaves if is_subsaveat(sub)]
-
-
-def saved_fns(saveat: dfx.SaveAt) -> list:
-    return [sub.fn for sub in _subs(saveat)]

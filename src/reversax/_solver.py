@@ -1,5 +1,6 @@
 """`Reversible`: the reversible step dressed as an ordinary Diffrax solver."""
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from jaxtyping import Array, Bool, PyTree
 from ._arithmetic import AbstractArithmetic, FixedPoint, FloatingPoint, State
 from ._compat import NONFINITE
 from ._coupling import AbstractCoupling, Index, Pair, Symmetric
-from ._increment import Advance, Time, make_increment
+from ._increment import AbstractIncrement, Time, make_increment
 from ._pair import (
     Scheme,
     StepEnds,
@@ -20,6 +21,7 @@ from ._pair import (
     TwinInterpolationFactory,
     dense_info,
     error_estimate,
+    half_of,
     take_step,
 )
 from ._psi import Psi
@@ -122,7 +124,7 @@ class TwinState(eqx.Module):
 
 def pair_step(
     scheme: Scheme,
-    psi: Callable[..., Advance],
+    psi: AbstractIncrement | Psi,
     t0: Time,
     t1: Time,
     state: TwinState,
@@ -131,26 +133,27 @@ def pair_step(
     dense: bool,
 ) -> tuple[TwinState, State | None, dict[str, Any], dfx.RESULTS]:
     """A reversible step, its error estimate, dense output and result."""
-    step = take_step(
-        scheme,
-        state.pair,
-        state.num_steps,
-        forward=lambda z: psi(t0, t1, z, error=error, dense=dense),
-        backward=lambda y: psi(t1, t0, y, error=False, dense=False),
-    )
+    core = ft.partial(psi.core, extends=error or dense)
+    step = take_step(scheme, state.pair, state.num_steps, t0, t1, core)
+    ahead, behind = half_of(step.core, 0), half_of(step.core, 1)
+    advance = psi.extend(t0, t1, step.z, ahead, error=error, dense=dense)
     ends = StepEnds(
         scheme.readout(state.pair),
         scheme.readout(step.pair1),
         step.z,
-        step.forward.increment,
-        step.forward.dense_info,
+        ahead.increment,
+        advance.dense_info,
     )
-    ahead, behind = step.forward.result, step.backward.result
-    if ahead is dfx.RESULTS.successful:
-        result = behind  # Stays known at trace time wherever it is.
+    if ahead.result is dfx.RESULTS.successful:
+        result = behind.result  # Stays known at trace time wherever it is.
     else:
-        result = dfx.RESULTS.where(dfx.is_okay(ahead), behind, ahead)
-    estimate = error_estimate(step, scheme.coupling.watches_gap) if error else None
+        result = dfx.RESULTS.where(
+            dfx.is_okay(ahead.result), behind.result, ahead.result
+        )
+    estimate = None
+    if error:
+        watches_gap = scheme.coupling.watches_gap
+        estimate = error_estimate(step.core.increment, advance.error, watches_gap)
     if error and scheme.arithmetic.exact:
         # A controller that adapts rejects such a step.
         estimate = jtu.tree_map(
@@ -358,6 +361,7 @@ class ClosedSolver(dfx.AbstractSolver):
     def func(self, terms, t0, y0, args):
         raise NotImplementedError  # Only asked for before the loop begins.
 
+    @eqx.filter_jit  # Traced once for all that Diffrax's loop traces it for.
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         state, error, dense_info, result = pair_step(
             self.scheme,

@@ -17,23 +17,18 @@ from typing import Any, NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
-import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Real, UInt32
 
-from ._compat import buffer_at_set, prevbefore, replayed_end, while_loop
+from ._clock import Clock, Moment, Sensitivity, pull_row, pull_through
+from ._compat import buffer_at_set, replayed_end, while_loop
 from ._coupling import Index, Pair
 from ._increment import Time
 from ._isolation import isolated_product
 from ._pair import Scheme
 
 _BITS = 32
-
-
-def just_below(t1: Time) -> Time:
-    """100 ulps below `t1`: Diffrax's loop takes for `t1` what comes after."""
-    return lax.fori_loop(0, 100, lambda _, t: prevbefore(t), t1)
 
 
 def prescribes_times(controller: dfx.AbstractStepSizeController) -> bool:
@@ -52,6 +47,13 @@ class AbstractTimes(eqx.Module):
     def previous_end(self, index: Index) -> Time:
         """Where the step before `index` ended (anywhere, for the first)."""
 
+    @abc.abstractmethod
+    def pull_interval(
+        self, index: Index, ct: tuple[Time, Time], clock: Clock, other: Clock
+    ) -> Clock:
+        """The cotangent of the differentiated part of the clock, from those of the
+        start and the end of a step."""
+
     def last_of(self, num_steps: Index, t0: Time) -> tuple[Index, Time, Time]:
         """The last of the first `num_steps` steps: its index, start and end.
 
@@ -68,29 +70,31 @@ class AbstractTimes(eqx.Module):
 class PrescribedTimes(AbstractTimes):
     """The intervals that `ConstantStepSize` or `StepTo` prescribe."""
 
-    controller: dfx.ConstantStepSize | dfx.StepTo
-    first_state: PyTree
-    """The controller's state before the first step."""
-    t0: Time
-    t1: Time
-    first_end: Time
+    clock: Clock
     just_below_t1: Time
-    isolated: bool = eqx.field(static=True)
-    """Whether times must have the same bits in both passes."""
 
     def _ends(self, index: Array) -> Array:
         """The ends of any number of steps."""
-        multiply = isolated_product if self.isolated else lambda a, b: a * b
-        end = replayed_end(self.controller, self.first_state, index, multiply)
-        end = jnp.where(end > self.just_below_t1, self.t1, end)
-        return jnp.where(index == 0, self.first_end, end)
+        clock = self.clock
+        controller: Any = clock.controller
+        # With the same bits in both passes: an output saved at the very end of a step
+        # belongs to it, or to the next.
+        end = replayed_end(controller, clock.controller_state, index, isolated_product)
+        end = jnp.where(end > self.just_below_t1, clock.t1, end)
+        return jnp.where(index == 0, clock.first_end, end)
 
     def interval(self, index: Index) -> tuple[Time, Time]:
         previous_end, end = self._ends(jnp.stack([index - 1, index]))
-        return jnp.where(index == 0, self.t0, previous_end), end
+        return jnp.where(index == 0, self.clock.t0, previous_end), end
 
     def previous_end(self, index: Index) -> Time:
         return self.interval(index)[0]
+
+    def pull_interval(self, index, ct, clock, other):
+        def interval(clock):
+            return PrescribedTimes(clock, self.just_below_t1).interval(index)
+
+        return pull_through(interval, clock, other, ct)
 
 
 class RecordedTimes(AbstractTimes):
@@ -98,12 +102,21 @@ class RecordedTimes(AbstractTimes):
 
     starts: Real[Array, " max_steps"]
     ends: Real[Array, " max_steps"]
+    derivatives: tuple[Array, Array] | None
+    """Of both, with respect to all numbers of the clock that are differentiated, (J);
+    `None` if none is."""
 
     def interval(self, index: Index) -> tuple[Time, Time]:
         return self.starts[index], self.ends[index]
 
     def previous_end(self, index: Index) -> Time:
         return self.ends[jnp.maximum(index - 1, 0)]
+
+    def pull_interval(self, index, ct, clock, other):
+        del other
+        assert self.derivatives is not None
+        starts, ends = self.derivatives
+        return pull_row((starts[index], ends[index]), ct, clock)
 
 
 class Plan(eqx.Module):
@@ -117,11 +130,6 @@ class Plan(eqx.Module):
     max_steps: int | None = eqx.field(static=True)
     steps_before: Index
     """How many steps were taken before the solve; for the phase of the coupling."""
-
-    @property
-    def empty(self) -> bool:
-        sheds = self.scheme.sheds_every is not None
-        return not (self.times or sheds or self.restart_every is not None)
 
     def halving(self, index: Index) -> tuple[Array, Any]:
         """Whether the gap is halved at a step, and which halving of the solve it is."""
@@ -137,13 +145,17 @@ class Plan(eqx.Module):
         at = (index % self.restart_every == 0) & (index > 0)
         return jnp.asarray(at), jnp.maximum(index // self.restart_every - 1, 0)
 
-    def blank(self, t0: Time, pair0: Pair) -> "Record":
-        """An empty record."""
+    def blank(self, t0: Time, pair0: Pair, num_varied: int) -> "Record":
+        """An empty record, with derivatives of the times by so many numbers."""
         rows = lambda num, x, dtype: jnp.zeros((num, *jnp.shape(x)), dtype)
         times, bits, pairs = None, None, None
         if self.times:
             empty = rows(self.max_steps, t0, jnp.result_type(t0))
-            times = RecordedTimes(empty, empty)
+            derivatives = None
+            if num_varied > 0:
+                empties = jnp.zeros((*empty.shape, num_varied), empty.dtype)
+                derivatives = empties, empties
+            times = RecordedTimes(empty, empty, derivatives)
         if self.scheme.sheds_every is not None:
             assert self.max_steps is not None
             num = -(-(self.max_steps // self.scheme.sheds_every + 1) // _BITS)
@@ -194,6 +206,8 @@ class RecorderState(eqx.Module):
     inner: PyTree
     record: Record
     num_accepted: Index
+    tangents: PyTree[Array]
+    """(J), of the next step, if the times are recorded and differentiated."""
 
 
 class Recorder(dfx.AbstractStepSizeController):
@@ -209,6 +223,9 @@ class Recorder(dfx.AbstractStepSizeController):
     prescribed: PrescribedTimes | None
     """The times, if the walk back computes them again: then they are computed in the
     same way here."""
+    sensitivity: Sensitivity | None
+    """If the times are recorded and differentiated."""
+    just_below_t1: Time
 
     def wrap(self, direction):
         raise NotImplementedError  # Done before the adjoint is called.
@@ -217,49 +234,59 @@ class Recorder(dfx.AbstractStepSizeController):
         raise NotImplementedError  # The adjoint's loop begins with a state of its own.
 
     def begin(self, inner_state: PyTree, t0: Time, pair0: Pair) -> RecorderState:
-        record = self.plan.blank(t0, pair0)
-        return RecorderState(inner_state, record, jnp.zeros((), jnp.int32))
+        tangents, num_varied = None, 0
+        if self.sensitivity is not None:
+            tangents = self.sensitivity.begin()
+            num_varied = len(tangents.t0)
+        record = self.plan.blank(t0, pair0, num_varied)
+        zero = jnp.zeros((), jnp.int32)
+        return RecorderState(inner_state, record, zero, tangents)
 
     def adapt_step_size(
         self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
     ):
         readout = self.plan.scheme.readout
-        keep, next_t0, next_t1, made_jump, inner, result = (
-            self.controller.adapt_step_size(
-                t0,
-                t1,
-                readout(y0),
-                readout(y1_candidate),
-                args,
-                y_error,
-                error_order,
-                controller_state.inner,
+        states = readout(y0), readout(y1_candidate)
+
+        def adapt(controller, moment: Moment):
+            t0, t1, inner = moment
+            known = (*states, args, y_error, error_order)
+            return controller.adapt_step_size(t0, t1, *known, inner)
+
+        moment = Moment(t0, t1, controller_state.inner)
+        said = adapt(self.controller, moment)
+        keep, next_t0, next_t1, made_jump, inner, result = said
+        tangents = controller_state.tangents
+        if self.sensitivity is not None:
+            tangents = self.sensitivity.adapt(
+                tangents, moment, adapt, self.just_below_t1
             )
-        )
         index = controller_state.num_accepted
         if self.prescribed is not None:
             _, next_t1 = self.prescribed.interval(index + 1)
-        record = self._record(
-            controller_state.record, index, (t0, t1), y0, y1_candidate, keep
-        )
-        state = RecorderState(inner, record, index + jnp.where(keep, 1, 0))
+        record = self._record(controller_state, (t0, t1), y0, y1_candidate, keep)
+        index = index + jnp.where(keep, 1, 0)
+        state = RecorderState(inner, record, index, tangents)
         return keep, next_t0, next_t1, made_jump, state, result
 
     def _record(
         self,
-        record: Record,
-        index: Index,
+        state: RecorderState,
         interval: tuple[Time, Time],
         pair0: Pair,
         pair1: Pair,
         keep: Any,
     ) -> Record:
-        (times, bits, pairs), plan = record, self.plan
+        (times, bits, pairs), plan = state.record, self.plan
+        index = state.num_accepted
         if times is not None:
-            times = RecordedTimes(
-                buffer_at_set(times.starts, index, interval[0], pred=keep),
-                buffer_at_set(times.ends, index, interval[1], pred=keep),
-            )
+            start, end = map(jnp.asarray, interval)
+            new = RecordedTimes(start, end, None)
+            if state.tangents is not None:
+                tangents = state.tangents.t0, state.tangents.t1
+                new = RecordedTimes(start, end, tangents)
+            set_row = lambda x, rows: buffer_at_set(rows, index, x, pred=keep)
+            times = jtu.tree_map(set_row, new, times)
         if bits is not None:
             halves, halving = plan.halving(index)
             row, shift = halving // _BITS, (halving % _BITS).astype(jnp.uint32)

@@ -1,0 +1,116 @@
+r"""The times that a solve depends on, and how the times of its steps follow from them.
+
+A solve depends on `t0`, `t1`, the end of its first step, the times to save at, and on
+what numbers its controller holds. Each step's interval follows from these by sums,
+differences and products with factors that Diffrax's controllers take for constants, so
+to differentiate with respect to any of them is to carry a tangent through the
+controller,
+
+    (J)    (dt0, dt1, dstate)_{k+1} = D adapt(t0, t1, state; clock) (dt0, dt1, dstate)_k
+
+for each number `x` of the clock that is differentiated, begun with the derivatives of
+the first step's interval. The cotangent of `x` is then
+
+    (JT)   ct_x = sum_k  ct_t0_k dt0_k/dx + ct_t1_k dt1_k/dx
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.flatten_util
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, PyTree
+
+from ._compat import clip_to_end, prevbefore
+from ._increment import Time
+
+
+def just_below(t1: Time) -> Time:
+    """100 ulps below `t1`: Diffrax's loop takes for `t1` what comes after."""
+    t1 = lax.stop_gradient(t1)
+    return lax.fori_loop(0, 100, lambda _, t: prevbefore(t), t1)
+
+
+class Clock(eqx.Module):
+    """The times that a solve depends on, any of which may be differentiated."""
+
+    t0: Time
+    t1: Time
+    first_end: Time
+    """Where the first step is to end."""
+    controller: dfx.AbstractStepSizeController
+    controller_state: PyTree
+    ts: list[Array | None]
+    """The times to save at, for each `SubSaveAt`."""
+
+
+def pull_through(fn: Callable, clock: Clock, other: Clock, ct: PyTree) -> Clock:
+    """The cotangent of the differentiated part of a clock from that of `fn(whole)`."""
+    _, pull = jax.vjp(lambda clock: fn(eqx.combine(clock, other)), clock)
+    return pull(ct)[0]
+
+
+class Moment(NamedTuple):
+    """What a controller goes on from: the interval of the next step, and its state."""
+
+    t0: Time
+    t1: Time
+    controller_state: PyTree
+
+
+class Sensitivity(eqx.Module):
+    """(J), for the part of a clock that is differentiated."""
+
+    diff: Clock
+    other: Clock
+
+    def _vector(self) -> tuple[Float[Array, " n"], Callable]:
+        return jax.flatten_util.ravel_pytree(self.diff)
+
+    def _forward(self, fn: Callable, moment: PyTree, tangents: PyTree) -> PyTree[Array]:
+        """The tangents of `fn(clock, moment)`, stacked."""
+        vector, unravel = self._vector()
+        of_vector = lambda v, m: _inexact(fn(eqx.combine(unravel(v), self.other), m))
+        push = lambda e, m: jax.jvp(of_vector, (vector, moment), (e, m))[1]
+        basis: Any = jnp.eye(vector.size, dtype=vector.dtype)
+        return jax.vmap(push)(basis, tangents)
+
+    def begin(self) -> PyTree[Array]:
+        """The tangents of the first [`Moment`][]."""
+        first = lambda c, _: Moment(c.t0, c.first_end, c.controller_state)
+        return self._forward(first, None, None)
+
+    def adapt(
+        self, tangents: PyTree, moment: Moment, adapt: Callable, end: Time
+    ) -> PyTree[Array]:
+        """The tangents of the next moment. `adapt(controller, moment)` is what the
+        controller says, and Diffrax's loop takes what is after `end` for `t1`."""
+        inexact, rest = eqx.partition(moment, eqx.is_inexact_array)
+
+        def next_moment(clock, inexact):
+            said = adapt(clock.controller, eqx.combine(inexact, rest))
+            keep, t0, t1, _, state, _ = said
+            t0 = jnp.minimum(t0, clock.t1)
+            return Moment(t0, clip_to_end(t0, t1, clock.t1, end, keep), state)
+
+        return self._forward(next_moment, inexact, tangents)  # (J)
+
+
+def pull_row(row: tuple[Array, Array], ct: tuple[Time, Time], diff: Clock) -> Clock:
+    """(JT) for one step, of which `row` has the derivatives of both times."""
+    _, unravel = jax.flatten_util.ravel_pytree(diff)
+    return unravel(jnp.asarray(ct[0] * row[0] + ct[1] * row[1]))
+
+
+def any_of(perturbed: PyTree[bool] | None) -> bool:
+    """Whether anything is differentiated."""
+    return any(jtu.tree_leaves(perturbed))
+
+
+def _inexact(tree: PyTree) -> PyTree:
+    return eqx.filter(tree, eqx.is_inexact_array)

@@ -1,0 +1,309 @@
+"""One solve, or one lane of a batch of them, as the walk back over it sees it."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, PyTree
+
+from ._arithmetic import State
+from ._certificate import Scale, largest_of_pair, round_trip
+from ._clock import Clock, any_of, pull_through
+from ._coupling import Index, Pair
+from ._forward import tape_of
+from ._increment import AbstractIncrement, Time
+from ._observe import Observation, Pulled, add_trees, zeros_like_inexact
+from ._pair import Scheme, StepEnds, dense_info
+from ._setup import Setup
+from ._tape import Record, Tape
+
+
+class Outputs(NamedTuple):
+    """What of Diffrax's final state may be differentiated, or its cotangents."""
+
+    pair: Pair | None
+    ys: list[PyTree[Array]]
+    ts: list[Array | None]
+    dense_infos: PyTree[Array]
+    """Of all steps, and the times of their ends after the first start; `None` unless
+    asked for, as what concerns events."""
+    dense_ts: Array | None
+    event_dense_info: PyTree[Array]
+    """Of the last step, and its interval."""
+    event_tprev: Array | None
+    event_tnext: Array | None
+
+
+class CotangentOfDense(eqx.Module):
+    """The cotangents of the dense output of all steps, and of the last one."""
+
+    ct: Outputs
+    num_steps: Index
+    """How many steps were accepted."""
+    last_end: Array | None
+    """Where the last step that was made ended, if there is an event."""
+
+    def of_start(self) -> Array | float:
+        """The cotangent of `t0`."""
+        ct, total = self.ct, 0.0
+        if ct.dense_ts is not None:
+            total = total + ct.dense_ts[0]
+        if ct.event_tprev is not None and ct.event_tnext is not None:
+            both = ct.event_tprev + ct.event_tnext
+            total = total + jnp.where(self.num_steps == 0, both, 0)
+        return total
+
+    def of_step(
+        self, index: Index, interval: tuple[Time, Time], ends: StepEnds
+    ) -> tuple[StepEnds, tuple[Array, Array]]:
+        """The cotangents of a step's ends and of its interval."""
+        ct = self.ct
+        ct_t0, ct_t1 = zeros_like_inexact(tuple(map(jnp.asarray, interval)))
+        info, pull = eqx.filter_vjp(lambda e: _inexact(dense_info(e)), ends)
+        ct_info = jtu.tree_map(jnp.zeros_like, info)
+        if ct.dense_ts is not None:
+            row = jtu.tree_map(lambda x: x[index], ct.dense_infos)
+            ct_info = add_trees(ct_info, row)
+            ct_t1 = ct_t1 + ct.dense_ts[index + 1]
+        if ct.event_dense_info is not None:
+            last = index == self.num_steps - 1
+            at_last = lambda x: jnp.where(last, x, 0)
+            event = ct.event_dense_info, (ct.event_tprev, ct.event_tnext)
+            # A solve that ended with a rejected step has the dense output of that one,
+            # which cannot be found again.
+            accepted = interval[1] == self.last_end
+            lost = lambda x: jnp.where(accepted | (x == 0), x, jnp.nan)
+            event = jtu.tree_map(lost, event)
+            ct_event, (ct_start, ct_end) = jtu.tree_map(at_last, event)
+            ct_info = add_trees(ct_info, ct_event)
+            ct_t0, ct_t1 = ct_t0 + ct_start, ct_t1 + ct_end
+        return _inexact(pull(ct_info)[0]), (ct_t0, ct_t1)
+
+
+def _inexact(tree: PyTree) -> PyTree:
+    return eqx.filter(tree, eqx.is_inexact_array)
+
+
+class Lane(eqx.Module):
+    """What the walk needs to know of one solve, and what it does lane by lane.
+
+    The parameters, the increment and the saved functions, come in two pieces: what is
+    differentiated and the rest, to be joined by `equinox.combine`. Cotangents of the
+    saved functions are lists with one entry for each observation.
+    """
+
+    scheme: Scheme
+    tape: Tape
+    clock_diff: Clock
+    """The differentiated part of the clock."""
+    clock_rest: Clock
+    base_interpolation_cls: Callable = eqx.field(static=True)
+    error: bool = eqx.field(static=True)
+    dense: bool = eqx.field(static=True)
+    times: bool = eqx.field(static=True)
+    """Whether anything of the clock is differentiated."""
+    observations: list[Observation]
+    ct_dense: CotangentOfDense
+    diff: tuple[AbstractIncrement, list[Callable]]
+    nondiff: tuple[AbstractIncrement, list[Callable]]
+
+    @property
+    def clock(self) -> Clock:
+        return eqx.combine(self.clock_diff, self.clock_rest)
+
+    def last_of(self, num_steps: Index) -> tuple[Index, Time, Time]:
+        return self.tape.times.last_of(num_steps, self.clock.t0)
+
+    def pull_interval(self, index: Index, ct_t0: Array, ct_t1: Array) -> Clock:
+        """The cotangent of the clock from that of a step's interval."""
+        clocks = self.clock_diff, self.clock_rest
+        return self.tape.times.pull_interval(index, (ct_t0, ct_t1), *clocks)
+
+    def pull_t0(self, ct: Array) -> Clock:
+        clocks = self.clock_diff, self.clock_rest
+        return pull_through(lambda clock: jnp.asarray(clock.t0), *clocks, ct)
+
+    def pull_time_after(self, num_steps: Index, ct: Array) -> Clock:
+        """The cotangent of the clock from that of the time after so many steps."""
+        of_end = self.pull_interval(jnp.maximum(num_steps - 1, 0), 0 * ct, ct)
+        choose = lambda a, b: jnp.where(num_steps > 0, a, b)
+        return jtu.tree_map(choose, of_end, self.pull_t0(ct))
+
+    def no_cotangent_of_ts(self) -> list[Array | None]:
+        times = [observation.ts for observation in self.observations]
+        return [None if ts is None else jnp.zeros_like(ts) for ts in times]
+
+    def size(self, pair: Pair) -> Scale:
+        return largest_of_pair(self.scheme, pair)
+
+    def pull_readout(self, ct_readout: State, pair: Pair) -> Pair:
+        """The cotangent of a pair from that of its readout."""
+        decoded = self.scheme.decode(pair)
+        return jax.vjp(self.scheme.coupling.readout, decoded)[1](ct_readout)[0]
+
+    def unmix(self, pair: Pair, index: Index) -> Pair:
+        """(BC)."""
+        steps = self.tape.plan.steps_before + index
+        return self.scheme.unmix(pair, steps, lambda: self.tape.shed_bits(index))
+
+    def pull_mix(self, ct_mixed: Pair, pair0: Pair, index: Index) -> Pair:
+        """(TC)."""
+        steps = self.tape.plan.steps_before + index
+        mix = lambda pair: self.scheme.mix_states(pair, steps)
+        return jax.vjp(mix, self.scheme.decode(pair0))[1](ct_mixed)[0]
+
+    def restart(
+        self, pair0: Pair, index: Index, scale: Scale
+    ) -> tuple[Pair, list[Float[Array, ""]]]:
+        """The kept pair in the place of a reconstructed one, where there is one, and by
+        how much that was off."""
+        at, kept = self.tape.kept_pair(index, pair0)
+        errors = round_trip(self.scheme, pair0, kept, scale)
+        return kept, [jnp.where(at, x, 0) for x in errors]
+
+    def ends(self, pair0: Pair, pair1: Pair, z, increment, dense_info) -> StepEnds:
+        readout0, readout1 = self.scheme.readout(pair0), self.scheme.readout(pair1)
+        return StepEnds(readout0, readout1, z, increment, dense_info)
+
+    def _observed(self, num_ts: list[Index]) -> Iterable:
+        _, fns = eqx.combine(self.diff, self.nondiff)
+        return zip(self.observations, fns, num_ts, strict=True)
+
+    def _add_readouts(
+        self, t: Time, pair: Pair, pulled: list[Pulled]
+    ) -> tuple[list[PyTree], Array, Pair]:
+        ct_t = jnp.zeros_like(t)
+        ct_pair = zeros_like_inexact(self.scheme.decode(pair))
+        for ct in pulled:
+            ct_t = ct_t + ct.t
+            ct_pair = add_trees(ct_pair, self.pull_readout(ct.y, pair))
+        return [ct.fn for ct in pulled], ct_t, ct_pair
+
+    def pull_at_end(
+        self, pair: Pair, num_ts: list[Index], num_steps: Index, t_final: Time
+    ) -> tuple[list[PyTree], Array, Pair]:
+        """Pulls back what was saved after the last step: to `fn`s, final time and
+        pair."""
+        readout = self.scheme.readout(pair)
+        pulled = [
+            observation.pull_final(fn, t_final, readout, j, num_steps)
+            for observation, fn, j in self._observed(num_ts)
+        ]
+        return self._add_readouts(t_final, pair, pulled)
+
+    def pull_at_start(
+        self, pair: Pair, num_ts: list[Index]
+    ) -> tuple[list[PyTree], Array, Pair]:
+        """Pulls back what was saved before the first step: to `fn`s, first time and
+        pair."""
+        readout, clock = self.scheme.readout(pair), self.clock
+        trivial = jnp.asarray(clock.t0 == clock.t1)
+        pulled = [
+            observation.pull_initial(fn, clock.t0, readout, trivial)
+            for observation, fn, _ in self._observed(num_ts)
+        ]
+        ct_fns, ct_t0, ct_pair = self._add_readouts(clock.t0, pair, pulled)
+        return ct_fns, ct_t0 + self.ct_dense.of_start(), ct_pair
+
+    def pull_step_end(
+        self, pair1: Pair, num_ts: list[Index], index: Index, t1: Time
+    ) -> tuple[list[PyTree], Array, Pair]:
+        """Pulls back what was saved at the end of a step: to `fn`s, that time and
+        pair."""
+        readout = self.scheme.readout(pair1)
+        pulled = [
+            observation.pull_step_end(fn, t1, readout, j, index)
+            for observation, fn, j in self._observed(num_ts)
+        ]
+        return self._add_readouts(t1, pair1, pulled)
+
+    def pull_inside_step(
+        self,
+        num_ts: list[Index],
+        ct_ts: list[Array | None],
+        index: Index,
+        t0: Time,
+        t1: Time,
+        ends: StepEnds,
+    ) -> "Inside":
+        """Pulls back what was saved inside a step, and its dense output."""
+        previous_end = self.tape.times.previous_end(index)
+        ct_ends, ct_interval = zeros_like_inexact(
+            (ends, (jnp.asarray(t0), jnp.asarray(t1)))
+        )
+        inside = Inside([], [], [], ct_ends, ct_interval)
+        for (observation, fn, j), so_far in zip(
+            self._observed(num_ts), ct_ts, strict=True
+        ):
+            base_cls, interval = self.base_interpolation_cls, (t0, t1)
+            j, so_far, ct_fn, *ct = observation.pull_inside_step(
+                fn, base_cls, interval, previous_end, ends, j, index, so_far
+            )
+            ct_ends, ct_interval = add_trees((ct_ends, ct_interval), tuple(ct))
+            inside.num_ts.append(j)
+            inside.ct_ts.append(so_far)
+            inside.ct_fns.append(ct_fn)
+        ct = self.ct_dense.of_step(index, (t0, t1), ends)
+        ct_ends, ct_interval = add_trees((ct_ends, ct_interval), ct)
+        return inside._replace(ct_ends=ct_ends, ct_interval=ct_interval)
+
+
+class Inside(NamedTuple):
+    """What was pulled back inside a step."""
+
+    num_ts: list[Index]
+    """How many `ts` had been saved when it began."""
+    ct_ts: list[Array | None]
+    ct_fns: list[PyTree]
+    ct_ends: StepEnds
+    ct_interval: tuple[Array, Array]
+
+
+def make_lane(
+    parts: tuple[Pair, AbstractIncrement, list[Callable], Clock],
+    setup: Setup,
+    record: Record,
+    ct: "Outputs",
+    ends: tuple[Index, Array | None],
+    perturbed: PyTree[bool],
+) -> Lane:
+    """The lane of one solve, for these cotangents of its outputs; or, given the axes of
+    all of these, the axes of a lane. `ends` are the number of accepted steps, and where
+    the last step that was made ended, if there is an event."""
+    _, increment, fns, clock = parts
+    diff, nondiff = eqx.partition((increment, fns), tuple(perturbed[1:3]))
+    clock_diff, clock_rest = eqx.partition(clock, perturbed[3])
+    times = any_of(perturbed[3])
+    rows = zip(setup.subs, clock.ts, ct.ys, ct.ts, strict=True)
+    return Lane(
+        scheme=setup.scheme,
+        tape=tape_of(setup, clock, record),
+        clock_diff=clock_diff,
+        clock_rest=clock_rest,
+        base_interpolation_cls=setup.base_interpolation_cls,
+        error=setup.error,
+        dense=setup.dense,
+        times=times,
+        observations=[
+            Observation(sub, ts, ct_ys, ct_ts if times else None)
+            for sub, ts, ct_ys, ct_ts in rows
+        ],
+        ct_dense=CotangentOfDense(ct, *ends),
+        diff=diff,
+        nondiff=nondiff,
+    )
+
+
+def sum_over_lanes(ct: PyTree[Array], axes: PyTree[int | None]) -> PyTree[Array]:
+    """Sums the cotangents of those leaves that all lanes share."""
+    is_none = lambda x: x is None
+    leaf = lambda a, x: x.sum(axis=0) if a is None and x is not None else x
+    return jtu.tree_map(leaf, axes, ct, is_leaf=is_none)
+
+
+def only_where(tree: PyTree) -> PyTree[bool]:
+    """A filter for the leaves that `tree` has, where it may have `None`."""
+    return jtu.tree_map(lambda x: x is not None, tree, is_leaf=lambda x: x is None)
