@@ -1,6 +1,7 @@
 import helpers
 import jax
 import pytest
+from hypothesis import HealthCheck, Phase, settings
 
 # Most oracles need double precision; single precision is asked for by dtype.
 jax.config.update("jax_enable_x64", True)
@@ -18,12 +19,31 @@ def pytest_addoption(parser):
         default=helpers.FEATURES_IN,
         help="the scheme in which the features of the adjoint are tested",
     )
+    parser.addoption(
+        "--examples",
+        type=int,
+        help="how many random programs to test, rather than a few fixed ones",
+    )
 
 
 def pytest_configure(config):
     helpers.FEATURES_IN = config.option.scheme
     # Compilation is most of the suite's time, and exactness does not depend on it.
     jax.config.update("jax_disable_most_optimizations", not config.option.optimise)
+    asked = config.option.examples
+    settings.register_profile(
+        "programs",
+        max_examples=asked or 3,
+        derandomize=asked is None,
+        # A program takes seconds to compile: who did not ask for many of them is not
+        # to wait for the smallest that fails.
+        phases=[Phase.generate, *([Phase.shrink] if asked else [])],
+        deadline=None,
+        database=None,
+        print_blob=True,
+        report_multiple_bugs=False,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
 
 
 @pytest.fixture

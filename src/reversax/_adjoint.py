@@ -263,23 +263,29 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
     The gradient is that of the discrete solve, as
     [`diffrax.RecursiveCheckpointAdjoint`][] would compute it, for the same solver. It
     is taken with respect to `y0`, `args` and the parameters of the terms and of
-    `SaveAt(fn=...)`, including values that their functions close over.
+    `SaveAt(fn=...)`, including values that their functions close over; and to `t0`,
+    `t1`, `dt0`, `SaveAt(ts=...)` and the numbers of the controller. Saved values, dense
+    output and the state and time of events may be differentiated, and once more in
+    forward mode (`jax.hessian`).
 
-    Use it for solves of many steps, or where memory is short. For a stiff problem, for
-    an implicit solver, for events, dense output, derivatives with respect to times, or
-    forward-mode differentiation use one of Diffrax's adjoints. For a short solve of a
-    small state, checkpointing the plain base solver is as good.
+    Use it for solves of many steps, or where memory is short. For a stiff problem,
+    for an implicit solver, or for forward-mode differentiation use one of Diffrax's
+    adjoints. For a short solve of a small state, checkpointing the plain base
+    solver is as good.
 
-    Memory is a few copies of the state and of the parameters; with a controller that
-    adapts two numbers per step of `max_steps`; with [`reversax.FixedPoint`][] (the
-    default) `1/halve_every` bits per element of the state and step of `max_steps`; and
-    with [`reversax.FloatingPoint`][] a pair of states at every `restart_every` steps.
-    Backward, each step costs as many vector field evaluations as forward, and their
-    pull-backs.
+    Memory is a few copies of the state and of the parameters; with a controller
+    that adapts two numbers per step of `max_steps`; with [`reversax.FixedPoint`][]
+    (the default) `1/halve_every` bits per element of the state and step of
+    `max_steps`; and with [`reversax.FloatingPoint`][] a pair of states at every
+    `restart_every` steps. An event records the times of constant steps too;
+    recorded times that are differentiated, two numbers more a step for each number
+    that they are differentiated by. Dense output takes the memory that it takes
+    under any adjoint. Backward, each step costs as many vector field evaluations as
+    forward, and their pull-backs.
 
     Every backward pass checks that it arrives at the initial state again: to the bit
-    with [`reversax.FixedPoint`][], else to a tolerance. The times of the steps count as
-    constants, which is how Diffrax's own controllers are made.
+    with [`reversax.FixedPoint`][], else to a tolerance. The factors by which a
+    controller changes the step count as constants, which is how Diffrax's own are made.
     """
 
     round_trip_tolerance: float | None = None
@@ -368,13 +374,17 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     allow: at 0.999 some 13,500 steps in double precision and 3,400 in single; with
     [`reversax.Symmetric`][] 92 and 34. It knows nothing of the vector field: on a
     contracting flow give a smaller number. Needs `max_steps`, else nothing is kept.
+- `progress_meter`: shows how far the backward pass has come (the `progress_meter` of
+    `diffrax.diffeqsolve` shows the forward pass), by default nothing; of a batch, how
+    far the lane with most steps has.
 
-**Raises:** when a solve begins, `TypeError` for a solver that is not
-[`reversax.Reversible`][], `NotImplementedError` for `event=...` and
-`SaveAt(dense=True)`, `ValueError` for `max_steps=None` where there is something to
-record. When a state leaves the range of its arithmetic, `equinox.EquinoxRuntimeError`.
-When differentiated, an error for times and controllers, and `NotImplementedError` in
-forward mode. In the backward pass, `equinox.EquinoxRuntimeError` if the round trip
-exceeds the tolerance. With `throw=False` a solve that itself overflowed gets a gradient
-of NaN instead.
+**Raises:** `TypeError` and `ValueError` for arguments that are none. When a solve
+begins, `TypeError` for a solver that is not [`reversax.Reversible`][], `ValueError` for
+`max_steps=None` where there is something to record. When a state leaves the range of
+its arithmetic, `equinox.EquinoxRuntimeError`. When differentiated,
+`NotImplementedError` in forward mode, and in reverse mode once more;
+`equinox.EquinoxRuntimeError` for a derivative with respect to times through a returned
+`controller_state`. In the backward pass, `equinox.EquinoxRuntimeError` if the round
+trip exceeds the tolerance. With `throw=False` a solve that itself overflowed gets a
+gradient of NaN instead.
 """

@@ -86,8 +86,21 @@ def locate(final_state: Any, saveat: dfx.SaveAt, **problem) -> Any:
         places = lambda s: (s.t0, s.ts)
         return eqx.tree_at(places, sub, (False, None), is_leaf=lambda x: x is None)
 
+    def uncount(sub: dfx.SubSaveAt, save_state: Any) -> Any:
+        # Diffrax counted a row for the final state, though told not to save it, if it
+        # may have been saved as one of `steps`.
+        counted = int(sub.steps > 1)
+        index = save_state.save_index - counted
+        return eqx.tree_at(lambda s: s.save_index, save_state, index)
+
     is_sub = lambda x: isinstance(x, dfx.SubSaveAt)
     subs = jtu.tree_map(finish, saveat.subs, is_leaf=is_sub)
+    save_state = jtu.tree_map(
+        uncount, saveat.subs, final_state.save_state, is_leaf=is_sub
+    )
+    final_state = eqx.tree_at(
+        lambda s: s.save_state, final_state, save_state, is_leaf=lambda x: x is None
+    )
     final_state, _ = integration_loop(
         **problem,
         saveat=dfx.SaveAt(subs=subs),
