@@ -10,6 +10,8 @@ from helpers import (
 )
 from programs import ARGS, CONTROLLED, OURS, Y0, agree, solve
 
+import reversax as rvx
+
 
 @pytest.mark.parametrize("controlled", CONTROLLED)
 @pytest.mark.parametrize(
