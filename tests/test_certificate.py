@@ -326,9 +326,9 @@ def flip_a_bit_of_the_state(residuals, parts):
 
 def nudge_the_parameters(residuals, parts):
     """Each by one ulp."""
-    pair0, increment, fns = parts
+    pair0, increment, *rest = parts
     nudge = lambda x: jnp.nextafter(x, jnp.inf) if eqx.is_inexact_array(x) else x
-    return residuals, (pair0, jax.tree.map(nudge, increment), fns)
+    return residuals, (pair0, jax.tree.map(nudge, increment), *rest)
 
 
 def nothing(residuals, parts):
