@@ -3,7 +3,9 @@
 import diffrax as dfx
 import helpers
 import jax
+import jax.numpy as jnp
 from helpers import (
+    flat,
     initial_states,
     network_arguments,
     network_field,
@@ -32,6 +34,17 @@ def agree(loss, at, bound=1e-13):
     assert abs(value - expected) <= bound * max(1.0, abs(expected))
     difference = relative_difference(ours, direct)
     assert difference <= bound, difference
+
+
+def agree_in_each_entry(ours, direct, bound):
+    """Two dictionaries of gradients are the same, entry by entry. One that is small
+    beside the others is what remains of terms of their size."""
+    whole = jnp.linalg.norm(flat(direct))
+    assert ours.keys() == direct.keys()
+    for name in direct:
+        difference = jnp.linalg.norm(flat(ours[name]) - flat(direct[name]))
+        size = jnp.linalg.norm(flat(direct[name])) + 0.01 * whole
+        assert difference <= bound * size, (name, difference / size)
 
 
 CONTROLLED = {

@@ -14,11 +14,10 @@ from helpers import (
     BASES,
     SCHEMES,
     finite_sum_of_squares,
-    flat,
     network_field,
     relative_difference,
 )
-from programs import ARGS, DIRECT, OURS, SOLVER, Y0, solve
+from programs import ARGS, DIRECT, OURS, SOLVER, Y0, agree_in_each_entry, solve
 
 import reversax as rvx
 
@@ -132,11 +131,7 @@ def agree(run, at, bound=1e-12):
     )
     assert abs(value - expected) <= 1e-13 * max(1.0, abs(expected))
     assert eqx.tree_equal(beside, expected_beside)
-    whole = jnp.linalg.norm(flat(direct))
-    for name in at:
-        difference = jnp.linalg.norm(flat(ours[name]) - flat(direct[name]))
-        size = jnp.linalg.norm(flat(direct[name])) + 0.01 * whole
-        assert difference <= bound * size, (name, difference / size)
+    agree_in_each_entry(ours, direct, bound)
     return beside, direct
 
 

@@ -75,7 +75,7 @@ class Sensitivity(eqx.Module):
     def _forward(self, fn: Callable, moment: PyTree, tangents: PyTree) -> PyTree[Array]:
         """The tangents of `fn(clock, moment)`, stacked."""
         vector, unravel = self._vector()
-        of_vector = lambda v, m: _inexact(fn(eqx.combine(unravel(v), self.other), m))
+        of_vector = lambda v, m: inexact(fn(eqx.combine(unravel(v), self.other), m))
         push = lambda e, m: jax.jvp(of_vector, (vector, moment), (e, m))[1]
         basis: Any = jnp.eye(vector.size, dtype=vector.dtype)
         return jax.vmap(push)(basis, tangents)
@@ -90,15 +90,15 @@ class Sensitivity(eqx.Module):
     ) -> PyTree[Array]:
         """The tangents of the next moment. `adapt(controller, moment)` is what the
         controller says, and Diffrax's loop takes what is after `end` for `t1`."""
-        inexact, rest = eqx.partition(moment, eqx.is_inexact_array)
+        diff, rest = eqx.partition(moment, eqx.is_inexact_array)
 
-        def next_moment(clock, inexact):
-            said = adapt(clock.controller, eqx.combine(inexact, rest))
+        def next_moment(clock, diff):
+            said = adapt(clock.controller, eqx.combine(diff, rest))
             keep, t0, t1, _, state, _ = said
             t0 = jnp.minimum(t0, clock.t1)
             return Moment(t0, clip_to_end(t0, t1, clock.t1, end, keep), state)
 
-        return self._forward(next_moment, inexact, tangents)  # (J)
+        return self._forward(next_moment, diff, tangents)  # (J)
 
 
 def pull_row(row: tuple[Array, Array], ct: tuple[Time, Time], diff: Clock) -> Clock:
@@ -112,5 +112,6 @@ def any_of(perturbed: PyTree[bool] | None) -> bool:
     return any(jtu.tree_leaves(perturbed))
 
 
-def _inexact(tree: PyTree) -> PyTree:
+def inexact(tree: PyTree) -> PyTree:
+    """What of a tree may be differentiated, and `None` for the rest."""
     return eqx.filter(tree, eqx.is_inexact_array)

@@ -21,6 +21,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree, Real
 
 from ._arithmetic import State
+from ._clock import inexact
 from ._coupling import Index
 from ._increment import Time
 from ._pair import StepEnds, TwinInterpolation, dense_info
@@ -71,8 +72,8 @@ class Observation(eqx.Module):
         sum_rows = lambda x: x[row].sum(axis=0) if isinstance(row, slice) else x[row]
         ct_ys, ct_ts = jtu.tree_map(sum_rows, (self.ct_ys, self.ct_ts))
         primals = fn, jnp.asarray(t), y
-        _, pull = eqx.filter_vjp(lambda p: _inexact(p[0](p[1], p[2])), primals)
-        ct_fn, ct_t, ct_y = _inexact(pull(ct_ys)[0])
+        _, pull = eqx.filter_vjp(lambda p: inexact(p[0](p[1], p[2])), primals)
+        ct_fn, ct_t, ct_y = inexact(pull(ct_ys)[0])
         return Pulled(ct_fn, ct_t if ct_ts is None else ct_t + ct_ts, ct_y)
 
     def _nothing(self, fn: Callable, t: Time, y: State) -> Pulled:
@@ -164,7 +165,7 @@ class Observation(eqx.Module):
             j = j - 1
             y, pull = eqx.filter_vjp(interpolate, (ends, interval), ts[j])
             pulled = self._pull(fn, ts[j], y, self._row(j, index))
-            ct_here, ct_t = _inexact(pull(pulled.y))
+            ct_here, ct_t = inexact(pull(pulled.y))
             if ct_ts is not None:
                 ct_ts = ct_ts.at[j].add(pulled.t + ct_t)
             ct = add_trees((ct_fn, *ct), (pulled.fn, *ct_here))
@@ -174,12 +175,8 @@ class Observation(eqx.Module):
         return num_ts, ct_ts, *ct
 
 
-def _inexact(tree: PyTree) -> PyTree:
-    return eqx.filter(tree, eqx.is_inexact_array)
-
-
 def zeros_like_inexact(tree: PyTree) -> PyTree[Array]:
-    return jtu.tree_map(jnp.zeros_like, _inexact(tree))
+    return jtu.tree_map(jnp.zeros_like, inexact(tree))
 
 
 def _where(pred: Bool[Array, ""], a: Any, b: Any) -> Any:

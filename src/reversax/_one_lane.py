@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ._arithmetic import State
 from ._certificate import Scale, largest_of_pair, round_trip
-from ._clock import Clock, any_of, pull_through
+from ._clock import Clock, any_of, inexact, pull_through
 from ._coupling import Index, Pair
 from ._forward import tape_of
 from ._increment import AbstractIncrement, Time
@@ -62,7 +62,7 @@ class CotangentOfDense(eqx.Module):
         """The cotangents of a step's ends and of its interval."""
         ct = self.ct
         ct_t0, ct_t1 = zeros_like_inexact(tuple(map(jnp.asarray, interval)))
-        info, pull = eqx.filter_vjp(lambda e: _inexact(dense_info(e)), ends)
+        info, pull = eqx.filter_vjp(lambda e: inexact(dense_info(e)), ends)
         ct_info = jtu.tree_map(jnp.zeros_like, info)
         if ct.dense_ts is not None:
             row = jtu.tree_map(lambda x: x[index], ct.dense_infos)
@@ -80,11 +80,7 @@ class CotangentOfDense(eqx.Module):
             ct_event, (ct_start, ct_end) = jtu.tree_map(at_last, event)
             ct_info = add_trees(ct_info, ct_event)
             ct_t0, ct_t1 = ct_t0 + ct_start, ct_t1 + ct_end
-        return _inexact(pull(ct_info)[0]), (ct_t0, ct_t1)
-
-
-def _inexact(tree: PyTree) -> PyTree:
-    return eqx.filter(tree, eqx.is_inexact_array)
+        return inexact(pull(ct_info)[0]), (ct_t0, ct_t1)
 
 
 class Lane(eqx.Module):
@@ -172,53 +168,50 @@ class Lane(eqx.Module):
         _, fns = eqx.combine(self.diff, self.nondiff)
         return zip(self.observations, fns, num_ts, strict=True)
 
-    def _add_readouts(
-        self, t: Time, pair: Pair, pulled: list[Pulled]
+    def _pull_saved(
+        self, t: Time, pair: Pair, num_ts: list[Index], pull: Callable[..., Pulled]
     ) -> tuple[list[PyTree], Array, Pair]:
-        ct_t = jnp.zeros_like(t)
+        """Pulls back what was saved of one time and pair: to `fn`s, time and pair.
+        `pull(observation, fn, readout, num_ts)` does so for one of the outputs."""
+        readout = self.scheme.readout(pair)
+        ct_fns, ct_t = [], jnp.zeros_like(t)
         ct_pair = zeros_like_inexact(self.scheme.decode(pair))
-        for ct in pulled:
+        for observation, fn, j in self._observed(num_ts):
+            ct = pull(observation, fn, readout, j)
+            ct_fns.append(ct.fn)
             ct_t = ct_t + ct.t
             ct_pair = add_trees(ct_pair, self.pull_readout(ct.y, pair))
-        return [ct.fn for ct in pulled], ct_t, ct_pair
+        return ct_fns, ct_t, ct_pair
 
     def pull_at_end(
         self, pair: Pair, num_ts: list[Index], num_steps: Index, t_final: Time
     ) -> tuple[list[PyTree], Array, Pair]:
-        """Pulls back what was saved after the last step: to `fn`s, final time and
-        pair."""
-        readout = self.scheme.readout(pair)
-        pulled = [
-            observation.pull_final(fn, t_final, readout, j, num_steps)
-            for observation, fn, j in self._observed(num_ts)
-        ]
-        return self._add_readouts(t_final, pair, pulled)
+        """Pulls back what was saved after the last step."""
+        pull = lambda observation, fn, readout, j: observation.pull_final(
+            fn, t_final, readout, j, num_steps
+        )
+        return self._pull_saved(t_final, pair, num_ts, pull)
 
     def pull_at_start(
         self, pair: Pair, num_ts: list[Index]
     ) -> tuple[list[PyTree], Array, Pair]:
-        """Pulls back what was saved before the first step: to `fn`s, first time and
-        pair."""
-        readout, clock = self.scheme.readout(pair), self.clock
-        trivial = jnp.asarray(clock.t0 == clock.t1)
-        pulled = [
-            observation.pull_initial(fn, clock.t0, readout, trivial)
-            for observation, fn, _ in self._observed(num_ts)
-        ]
-        ct_fns, ct_t0, ct_pair = self._add_readouts(clock.t0, pair, pulled)
+        """Pulls back what was saved before the first step."""
+        t0 = self.clock.t0
+        trivial = jnp.asarray(t0 == self.clock.t1)
+        pull = lambda observation, fn, readout, _: observation.pull_initial(
+            fn, t0, readout, trivial
+        )
+        ct_fns, ct_t0, ct_pair = self._pull_saved(t0, pair, num_ts, pull)
         return ct_fns, ct_t0 + self.ct_dense.of_start(), ct_pair
 
     def pull_step_end(
         self, pair1: Pair, num_ts: list[Index], index: Index, t1: Time
     ) -> tuple[list[PyTree], Array, Pair]:
-        """Pulls back what was saved at the end of a step: to `fn`s, that time and
-        pair."""
-        readout = self.scheme.readout(pair1)
-        pulled = [
-            observation.pull_step_end(fn, t1, readout, j, index)
-            for observation, fn, j in self._observed(num_ts)
-        ]
-        return self._add_readouts(t1, pair1, pulled)
+        """Pulls back what was saved at the end of a step."""
+        pull = lambda observation, fn, readout, j: observation.pull_step_end(
+            fn, t1, readout, j, index
+        )
+        return self._pull_saved(t1, pair1, num_ts, pull)
 
     def pull_inside_step(
         self,
@@ -266,7 +259,7 @@ def make_lane(
     parts: tuple[Pair, AbstractIncrement, list[Callable], Clock],
     setup: Setup,
     record: Record,
-    ct: "Outputs",
+    ct: Outputs,
     ends: tuple[Index, Array | None],
     perturbed: PyTree[bool],
 ) -> Lane:
@@ -278,6 +271,7 @@ def make_lane(
     clock_diff, clock_rest = eqx.partition(clock, perturbed[3])
     times = any_of(perturbed[3])
     rows = zip(setup.subs, clock.ts, ct.ys, ct.ts, strict=True)
+    ct_of_dense = ct._replace(pair=None, ys=[], ts=[])  # The others are read elsewhere.
     return Lane(
         scheme=setup.scheme,
         tape=tape_of(setup, clock, record),
@@ -291,7 +285,7 @@ def make_lane(
             Observation(sub, ts, ct_ys, ct_ts if times else None)
             for sub, ts, ct_ys, ct_ts in rows
         ],
-        ct_dense=CotangentOfDense(ct, *ends),
+        ct_dense=CotangentOfDense(ct_of_dense, *ends),
         diff=diff,
         nondiff=nondiff,
     )
