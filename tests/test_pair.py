@@ -11,6 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 import reversax as rvx
 from reversax import Pair
+from reversax._control import halves_of
 from reversax._increment import make_increment
 from reversax._pair import Scheme, take_step, undo_step
 from reversax._solver import TwinState
@@ -28,11 +29,12 @@ def there_and_back(scheme, base, pair, dtype, index=3, h=ONE_STEP):
     increment = make_increment(base, dfx.ODETerm(network_field), args)
     t0, t1 = jnp.asarray(0.3, dtype), jnp.asarray(0.3 + h, dtype)
     core = ft.partial(increment.core, extends=False)
-    half = lambda h, y, _: (core(h.start, h.end, y).increment, None, None)
+    half = lambda h, y, _: (core(h, y).increment, None, None)
+    halves = halves_of(t0, t1, increment.contr(t0, t1))
     start = Pair(scheme.arithmetic.encode(pair.y), scheme.arithmetic.encode(pair.z))
-    step = take_step(scheme, start, index, t0, t1, core)
+    step = take_step(scheme, start, index, halves, core)
     shed_bits = lambda: scheme.arithmetic.shed_bits(start.y, start.z)
-    mixed, *_ = undo_step(scheme, step.pair1, t0, t1, half, None, unroll=False)
+    mixed, *_ = undo_step(scheme, step.pair1, halves, half, None, unroll=False)
     return start, scheme.unmix(mixed, index, shed_bits)
 
 

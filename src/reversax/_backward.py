@@ -35,18 +35,12 @@ from jaxtyping import Array, Float, PyTree
 from ._arithmetic import State
 from ._certificate import Scale
 from ._clock import Clock
+from ._control import Half, Time, halves_of, of_step
 from ._coupling import Index, Pair
-from ._increment import Time
 from ._isolation import Evaluation
 from ._observe import add_trees, zeros_like_inexact
 from ._one_lane import Lane, only_where, sum_over_lanes
-from ._pair import (
-    Half,
-    half_of,
-    halves_of,
-    through_halves,
-    undo_step,
-)
+from ._pair import half_of, through_halves, undo_step
 from ._psi import Psi
 
 
@@ -135,22 +129,23 @@ class Walk(eqx.Module):
 
         def undo_half(half: Half, a: State, ct):
             (ct_b, ct_a), ct_p = ct
-            evaluation = self.psi.evaluate(half.start, half.end, a)
+            evaluation = self.psi.evaluate(half, a)
             ct_half = _pull_half(half, evaluation, ct_b, None)
-            ct, ct_times = _change_places(ct_b, ct_a, ct_p, ct_half)
-            return evaluation.value[0], ct, ct_times
+            ct, ct_half = _change_places(ct_b, ct_a, ct_p, ct_half)
+            return evaluation.value[0], ct, ct_half
 
-        mixed, ((ct_z, ct_y), ct_p), ct_times = undo_step(
+        control = self.psi.evaluate_control(step.t0, step.t1)
+        mixed, ((ct_z, ct_y), ct_p), ct_halves = undo_step(
             self.lane.scheme,
-            *(step.pair1, step.t0, step.t1),
+            *(step.pair1, _halves(step, control)),
             core=undo_half,
             extra=((step.ct.z, step.ct.y), step.ct_parameters[0]),
             unroll=False,
         )  # (B2, T2, B1, T1)
         pair0 = self.each(Lane.unmix, mixed, step.index)  # (BC)
         ct = self.each(Lane.pull_mix, Pair(ct_y, ct_z), pair0, step.index)  # (TC)
+        ct_p, interval = self._pull_control(control, ct_halves, ct_p)
         ct_parameters = ct_p, step.ct_parameters[1]
-        interval = _of_interval(ct_times)
         return _Undone(pair0, step.num_ts, ct, ct_parameters, interval, step.ct_ts)
 
     def _undo_observe_pull(self, step: "_Undoing") -> "_Undone":
@@ -158,16 +153,18 @@ class Walk(eqx.Module):
         was saved inside it and both increments."""
 
         def undo_half(half: Half, a: State, _):
-            evaluation = self.psi.evaluate(half.start, half.end, a)
+            evaluation = self.psi.evaluate(half, a)
             return evaluation.value[0], None, evaluation
 
         scheme, (t0, t1) = self.lane.scheme, (step.t0, step.t1)
+        control = self.psi.evaluate_control(t0, t1)
+        halves = _halves(step, control)
         mixed, _, evaluations = undo_step(
-            scheme, step.pair1, t0, t1, core=undo_half, extra=None, unroll=True
+            scheme, step.pair1, halves, core=undo_half, extra=None, unroll=True
         )  # (B2, B1)
         pair0 = self.each(Lane.unmix, mixed, step.index)  # (BC)
         forward, z = half_of(evaluations, 0), scheme.decode(mixed).z
-        info = self.psi.dense_info(t0, t1, z, forward)
+        info = self.psi.dense_info(half_of(halves, 0), z, forward)
         values = z, forward.value[0], eqx.combine(info.value, info.other)
         ends = self.each(Lane.ends, pair0, step.pair1, *values)
         inside = self.each(
@@ -176,25 +173,41 @@ class Walk(eqx.Module):
         ct_outputs = inside.ct_fns, inside.ct_ends, inside.ct_interval
         nothing = zeros_like_inexact(ct_outputs)
         ct_fns, ct_ends, interval = step.if_active(ct_outputs, nothing)
-        ct_p_dense, ct_times, ct_z_dense, ct_value = info.pull(ct_ends.base_dense_info)[
+        ct_p_dense, ct_first, ct_z_dense, ct_value = info.pull(ct_ends.base_dense_info)[
             0
         ]
-        interval = add_trees(interval, ct_times or nothing[2])
         ct_increment, ct_rest = ct_value
         ct_value = add_trees(ct_increment, ct_ends.increment), ct_rest
 
         ct1 = self.each(Lane.pull_readout, ct_ends.readout1, step.pair1)
         ct_p, ct_fns_total = step.ct_parameters
         carry = add_trees(step.ct, ct1), add_trees(ct_p, ct_p_dense)
-        (ct_z, ct_y), ct_p, ct_times = _pull_halves(
-            carry, halves_of(t0, t1), evaluations, ct_value
+        (ct_z, ct_y), ct_p, ct_halves = _pull_halves(
+            carry, halves, evaluations, ct_value
         )  # (T2, T1)
         ct_z = add_trees(ct_z, add_trees(ct_z_dense, ct_ends.z))
         ct = self.each(Lane.pull_mix, Pair(ct_y, ct_z), pair0, step.index)  # (TC)
         ct = add_trees(ct, self.each(Lane.pull_readout, ct_ends.readout0, pair0))
+        ct_halves = jtu.tree_map(lambda x, y: x.at[0].add(y), ct_halves, ct_first)
+        ct_p, of_halves = self._pull_control(control, ct_halves, ct_p)
+        interval = add_trees(interval, of_halves or nothing[2])
         ct_parameters = ct_p, self.add_fns(ct_fns_total, ct_fns)
-        interval = add_trees(interval, _of_interval(ct_times) or nothing[2])
         return _Undone(pair0, inside.num_ts, ct, ct_parameters, interval, inside.ct_ts)
+
+    def _pull_control(
+        self, control: Evaluation, ct_halves: Half, ct_p: PyTree[Array]
+    ) -> tuple[PyTree[Array], tuple[Array, Array] | None]:
+        """Pulls back the control of a step: to the parameters and to its interval."""
+        if not self.psi.pulls_control:
+            return ct_p, None
+        ct_t0, ct_t1, ct_control = of_step(ct_halves)
+        ct_contr, ct_times = control.pull(ct_control)[0]
+        if jtu.tree_leaves(ct_contr):
+            ct_contr = add_trees(ct_p.contr, ct_contr)
+            ct_p = eqx.tree_at(lambda p: p.contr, ct_p, ct_contr)
+        if ct_times is None:
+            return ct_p, None
+        return ct_p, add_trees((ct_t0, ct_t1), ct_times)
 
     def __call__(self, carry: Carry) -> Carry:
         if_active = ft.partial(self._keep_if_done, carry.num_steps)
@@ -254,7 +267,7 @@ class _Undone(NamedTuple):
 
 
 def _pull_half(half: Half, evaluation: Evaluation, ct_b: State, ct_value: Any) -> tuple:
-    """The cotangents of parameters, times and argument from that of `b` after a half,
+    """The cotangents of parameters, half and argument from that of `b` after a half,
     and of the evaluation's value, if it was used otherwise too."""
     ct_increment = half.signed(ct_b)
     ct_rest = zeros_like_inexact(evaluation.value[1])
@@ -265,10 +278,10 @@ def _pull_half(half: Half, evaluation: Evaluation, ct_b: State, ct_value: Any) -
 
 def _change_places(ct_b: State, ct_a: State, ct_p: PyTree, ct_half: tuple) -> tuple:
     """The cotangents before a half, in the places that the twins have in the other; and
-    those of its times."""
-    ct_p_half, ct_times, ct_a_half = ct_half
+    those of what it was given."""
+    ct_p_half, ct_given, ct_a_half = ct_half
     ct = (add_trees(ct_a, ct_a_half), ct_b), add_trees(ct_p, ct_p_half)
-    return ct, ct_times
+    return ct, ct_given
 
 
 def _pull_halves(
@@ -287,22 +300,18 @@ def _pull_halves(
 
     ct1, ct_p = ct
     ct_values = jtu.tree_map(lambda x: jnp.stack([x, jnp.zeros_like(x)]), ct_value)
-    (ct_twins, ct_p), ct_times = through_halves(
+    (ct_twins, ct_p), ct_halves = through_halves(
         pull_half,
         ((ct1.z, ct1.y), ct_p),
         (halves, evaluations, ct_values),
         reverse=True,
         unroll=True,
     )
-    return ct_twins, ct_p, ct_times
+    return ct_twins, ct_p, ct_halves
 
 
-def _of_interval(ct_times: tuple[Array, Array] | None) -> tuple[Array, Array] | None:
-    """The cotangents of a step's start and end from those of both halves, stacked."""
-    if ct_times is None:
-        return None
-    start, end = ct_times
-    return start[0] + end[1], end[0] + start[1]
+def _halves(step: _Undoing, control: Evaluation) -> Half:
+    return halves_of(step.t0, step.t1, eqx.combine(control.value, control.other))
 
 
 def walk_back(
@@ -329,13 +338,15 @@ def walk_back_without_cotangents(
     """Undoes all the steps: the reconstructed initial pair."""
 
     def undo_half(half: Half, a: State, _):
-        return psi.evaluate(half.start, half.end, a).value[0], None, None
+        return psi.evaluate(half, a).value[0], None, None
 
     def undo(carry):
         num_steps, pair = carry
         index, t0, t1 = lane.last_of(num_steps)
+        control = psi.evaluate_control(t0, t1)
+        halves = halves_of(t0, t1, eqx.combine(control.value, control.other))
         mixed, *_ = undo_step(
-            lane.scheme, pair, t0, t1, core=undo_half, extra=None, unroll=False
+            lane.scheme, pair, halves, core=undo_half, extra=None, unroll=False
         )
         return num_steps - 1, lane.unmix(mixed, index)
 

@@ -27,7 +27,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
 from ._compat import clip_to_end, prevbefore
-from ._increment import Time
+from ._control import Time
 
 
 def just_below(t1: Time) -> Time:

@@ -4,17 +4,23 @@ Every name here has a canary in `tests/test_compat.py`, which says what the rest
 package relies on. When an upstream release breaks one, this file is where to mend it.
 """
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any
 
 import diffrax as dfx
 import equinox.internal as eqxi
+import jax
 import jax.numpy as jnp
 
 # Diffrax's own integration loop, which every adjoint shares. It takes the keyword
 # arguments of `AbstractAdjoint.loop` less `throw` and the `passed_...` flags, plus
 # `inner_while_loop` and `outer_while_loop`; it returns `(final_state, aux_stats)`.
 from diffrax._integrate import _clip_to_end, loop as integration_loop  # noqa: F401
+
+# `WrapTerm(term, direction)` is what `diffeqsolve` makes of every single term, with
+# `direction` -1 where `t1 < t0`.
+from diffrax._term import WrapTerm as WrapTerm
 from equinox.internal import (
     nondifferentiable as nondifferentiable,
     prevbefore as prevbefore,
@@ -61,3 +67,36 @@ def replayed_end(
     dtype = jnp.result_type(t0, t1)
     fraction = jnp.astype(k, dtype) / jnp.astype(num_steps, dtype)
     return jnp.where(k == num_steps, t1, t0 + multiply(t1 - t0, fraction))
+
+
+class _AreaTerm(dfx.AbstractTerm):
+    """Driven by a space-time Levy area of one, and nothing else."""
+
+    def vf(self, t, y, args):
+        return jnp.ones_like(y)
+
+    def contr(self, t0, t1, **options):
+        zero, one = jnp.zeros(()), jnp.ones(())
+        return dfx.SpaceTimeLevyArea(dt=t1 - t0, W=zero, H=one)
+
+    def prod(self, vf, control):
+        return vf * control
+
+
+@ft.cache
+def flips_space_time_area() -> bool:
+    """Whether the steps of `diffrax.AbstractSRK` change the sign of the space-time Levy
+    area where they lead backwards in time: asked of one.
+
+    From such a step with `y' = y`, begun at 0, comes `h` times a multiple of the area.
+    """
+
+    def step(t0, t1):
+        terms = dfx.MultiTerm(dfx.ODETerm(lambda t, y, args: y), _AreaTerm())
+        solver, y0 = dfx.SEA(), jnp.zeros(())
+        return solver.step(terms, t0, t1, y0, None, None, False)[0]
+
+    with jax.ensure_compile_time_eval():
+        zero, one = jnp.zeros(()), jnp.ones(())
+        forward, backward = float(step(zero, one)), float(step(one, zero))
+    return forward * backward > 0

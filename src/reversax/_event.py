@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 
 from ._arithmetic import State
 from ._compat import integration_loop, while_loop
-from ._increment import Time
+from ._control import Time
 from ._pair import Scheme
 
 

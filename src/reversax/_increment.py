@@ -9,9 +9,10 @@ for an ODE) and `vf_prod(t, y, control)` the vector field applied to it,
     (RK3)  Psi = sum_i b_i k_i
     (RK4)  error estimate = sum_i e_i k_i
 
-Backward steps are the same formulas with `t1 < t0`. Only stages that some requested sum
-depends on are evaluated: without an error estimate or dense output Tsit5 takes 6.
-The stages behind (RK3) are evaluated first, by themselves.
+Backward steps are the same formulas with `t1 < t0` and the control of the reversed path
+(`_control.py`), which is evaluated once for both halves of a reversible step. Only
+stages that some requested sum depends on are evaluated: without an error estimate or
+dense output Tsit5 takes 6. The stages behind (RK3) are evaluated first, by themselves.
 
 Every other explicit solver goes through its own `step`, begun afresh each time, since a
 state carried over from the other twin would belong to another point:
@@ -31,11 +32,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, PyTree, Real
+from jaxtyping import Array, PyTree
 
 from ._arithmetic import State
-
-Time = Real[Array, ""] | np.ndarray | float
+from ._control import Control, Half, Time, controls_of, over_half
 
 
 class Advance(NamedTuple):
@@ -55,7 +55,7 @@ class Core(NamedTuple):
 
     increment: State
     rest: PyTree[Any]
-    """What was met on the way: controls, stages, or whatever a solver returned."""
+    """What was met on the way: stages, or whatever a solver returned."""
     result: dfx.RESULTS
 
 
@@ -66,24 +66,26 @@ class AbstractIncrement(eqx.Module):
     needs, and the second may be asked for in one pass and not in the other.
     """
 
+    contr: eqx.AbstractVar[Callable[[Time, Time], Control]]
+    """The control of the step from one time to a later one."""
+
     @abc.abstractmethod
-    def core(self, t0: Time, t1: Time, y: State, *, extends: bool) -> Core:
-        """Evaluates `Psi_{t1 - t0}(t0, y)`; either sign of `t1 - t0` is allowed.
+    def core(self, half: Half, y: State, *, extends: bool) -> Core:
+        """Evaluates `Psi_{t1 - t0}(t0, y)`, over half a step from `t0` to `t1`, in
+        either direction.
 
         `extends` says whether the error estimate or dense output may be asked for.
         """
 
     @abc.abstractmethod
     def extend(
-        self, t0: Time, t1: Time, y: State, core: Core, *, error: bool, dense: bool
+        self, half: Half, y: State, core: Core, *, error: bool, dense: bool
     ) -> Advance:
         """Adds the error estimate and the dense output, as asked for."""
 
-    def __call__(
-        self, t0: Time, t1: Time, y: State, *, error: bool, dense: bool
-    ) -> Advance:
-        core = self.core(t0, t1, y, extends=error or dense)
-        return self.extend(t0, t1, y, core, error=error, dense=dense)
+    def __call__(self, half: Half, y: State, *, error: bool, dense: bool) -> Advance:
+        core = self.core(half, y, extends=error or dense)
+        return self.extend(half, y, core, error=error, dense=dense)
 
     @abc.abstractmethod
     def close(self, t: Time, y: State) -> "AbstractIncrement":
@@ -182,12 +184,11 @@ class TableauIncrement(AbstractIncrement):
         self,
         ks: dict[int, State],
         needed: frozenset[int],
-        t0: Time,
-        t1: Time,
+        half: Half,
         y: State,
-        control: PyTree[Array],
     ) -> None:
         """Evaluates those of the needed stages that are not yet in `ks`."""
+        t0, t1 = half.start, half.end
         for i in sorted(needed - ks.keys()):
             stage_weights = self.tableau.a[i]
             y_i = y
@@ -198,29 +199,26 @@ class TableauIncrement(AbstractIncrement):
             c = self.tableau.c[i]
             # Not t0 + 1*(t1 - t0), which may miss t1 by an ulp.
             t_i = t1 if c == 1 else (t0 if c == 0 else t0 + c * (t1 - t0))
-            ks[i] = self.vf_prod(t_i, y_i, control)  # (RK2)
+            ks[i] = self.vf_prod(t_i, y_i, half.control)  # (RK2)
             _check_like_state(ks[i], y)
 
-    def core(self, t0: Time, t1: Time, y: State, *, extends: bool) -> Core:
+    def core(self, half: Half, y: State, *, extends: bool) -> Core:
         ks: dict[int, State] = {}
-        control = self.contr(t0, t1)
         needed = self.tableau.stages_behind(self.tableau.b)
-        self._add_stages(ks, needed, t0, t1, y, control)
+        self._add_stages(ks, needed, half, y)
         increment = _weighted_sum(self.tableau.b, ks)  # (RK3)
-        rest = (control, ks) if extends else (None, {})
-        return Core(increment, rest, dfx.RESULTS.successful)
+        return Core(increment, ks if extends else {}, dfx.RESULTS.successful)
 
     def extend(
-        self, t0: Time, t1: Time, y: State, core: Core, *, error: bool, dense: bool
+        self, half: Half, y: State, core: Core, *, error: bool, dense: bool
     ) -> Advance:
-        tableau = self.tableau
-        control, ks = core.rest[0], dict(core.rest[1])
+        tableau, ks = self.tableau, dict(core.rest)
         with_stages = dense and self.keeps_stages
         needed = tableau.stages_behind(
             tableau.e if error else None,
             (1.0,) * len(tableau.b) if with_stages else None,
         )
-        self._add_stages(ks, needed, t0, t1, y, control)
+        self._add_stages(ks, needed, half, y)
         estimate = None
         if error and tableau.e is not None:
             estimate = _weighted_sum(tableau.e, ks)  # (RK4)
@@ -242,17 +240,18 @@ class TableauIncrement(AbstractIncrement):
 class StepIncrement(AbstractIncrement):
     """(S): the increment of any explicit one-step solver."""
 
+    contr: Callable
     step: Callable
 
-    def core(self, t0: Time, t1: Time, y: State, *, extends: bool) -> Core:
-        y1, estimate, dense_info, result = self.step(t0, t1, y)
+    def core(self, half: Half, y: State, *, extends: bool) -> Core:
+        y1, estimate, dense_info, result = self.step(half, y)
         increment = jtu.tree_map(lambda a, b: a - b, y1, y)  # (S)
         if not extends:
             estimate, dense_info = None, None
         return Core(increment, (estimate, dense_info), result)
 
     def extend(
-        self, t0: Time, t1: Time, y: State, core: Core, *, error: bool, dense: bool
+        self, half: Half, y: State, core: Core, *, error: bool, dense: bool
     ) -> Advance:
         estimate, dense_info = core.rest
         return Advance(
@@ -262,7 +261,10 @@ class StepIncrement(AbstractIncrement):
         )
 
     def close(self, t: Time, y: State) -> "StepIncrement":
-        return StepIncrement(eqx.filter_closure_convert(self.step, t, t, y))
+        contr = eqx.filter_closure_convert(self.contr, t, t)
+        control = eqx.filter_eval_shape(self.contr, t, t)
+        half = Half(t, t, np.float32(1), control)
+        return StepIncrement(contr, eqx.filter_closure_convert(self.step, half, y))
 
 
 def make_increment(
@@ -278,11 +280,13 @@ def make_increment(
             keeps_stages=type(solver) is not dfx.Euler,
         )
 
-    def step(t0, t1, y):
-        solver_state = solver.init(terms, t0, t1, y, args)
+    def step(half, y):
+        known = over_half(solver, terms, half)
+        t0, t1 = half.start, half.end
+        solver_state = solver.init(known, t0, t1, y, args)
         y1, estimate, dense_info, _, result = solver.step(
-            terms, t0, t1, y, args, solver_state, True
+            known, t0, t1, y, args, solver_state, False
         )
         return y1, estimate, dense_info, result
 
-    return StepIncrement(step)
+    return StepIncrement(contr=lambda t0, t1: controls_of(terms, t0, t1), step=step)

@@ -12,9 +12,10 @@ from jaxtyping import Array, Float, PyTree
 from ._arithmetic import State
 from ._certificate import Scale, largest_of_pair, round_trip
 from ._clock import Clock, any_of, inexact, pull_through
+from ._control import Time
 from ._coupling import Index, Pair
 from ._forward import tape_of
-from ._increment import AbstractIncrement, Time
+from ._increment import AbstractIncrement
 from ._observe import Observation, Pulled, add_trees, zeros_like_inexact
 from ._pair import Scheme, StepEnds, dense_info
 from ._setup import Setup

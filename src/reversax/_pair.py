@@ -50,8 +50,9 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from ._arithmetic import AbstractArithmetic, FloatingPoint, State
+from ._control import Half, Time
 from ._coupling import AbstractCoupling, Index, Pair
-from ._increment import Core, Time
+from ._increment import Core
 
 
 class Scheme(eqx.Module):
@@ -110,21 +111,6 @@ class Scheme(eqx.Module):
         return Pair(add(pair.y, shift), add(pair.z, shift))
 
 
-class Half(NamedTuple):
-    """Half a step: where its increment leads from and to, and the sign it comes with.
-
-    Or both halves, stacked.
-    """
-
-    start: Time
-    end: Time
-    sign: Array | np.ndarray
-
-    def signed(self, increment: State) -> State:
-        """`s Psi`."""
-        return jtu.tree_map(lambda x: x * self.sign.astype(x.dtype), increment)
-
-
 def _is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray)
 
@@ -152,12 +138,6 @@ def through_halves(
     return carry, eqx.combine(out, noted[-1])
 
 
-def halves_of(t0: Time, t1: Time) -> Half:
-    """Both halves of the step from `t0` to `t1`."""
-    sign = np.array([1.0, -1.0], np.float32)
-    return Half(jnp.stack([t0, t1]), jnp.stack([t1, t0]), sign)
-
-
 def half_of(stacked: PyTree, i: int) -> PyTree:
     """Of what both halves gave, stacked, that of (F1), 0, or of (F2), 1."""
     return jtu.tree_map(lambda x: x[i] if eqx.is_array(x) else x, stacked)
@@ -177,21 +157,19 @@ def take_step(
     scheme: Scheme,
     pair0: Pair,
     index: Index,
-    t0: Time,
-    t1: Time,
-    core: Callable[[Time, Time, State], Core],
+    halves: Half,
+    core: Callable[[Half, State], Core],
 ) -> Step:
-    """(C), (F1), (F2): `core(ta, tb, .)` is the increment from `ta` to `tb`, and
+    """(C), (F1), (F2): `core(half, .)` is the increment over one of the `halves`, and
     `index` counts the accepted steps."""
     arithmetic = scheme.arithmetic
     mixed = scheme.mix(pair0, index)  # (C)
 
     def take_half(twins, half: Half):
         a, b = twins
-        out = core(half.start, half.end, arithmetic.decode(a))
+        out = core(half, arithmetic.decode(a))
         return (arithmetic.add(b, half.signed(out.increment)), a), out  # (F1, F2)
 
-    halves = halves_of(t0, t1)
     (z1, y1), out = through_halves(take_half, (mixed.z, mixed.y), halves)
     return Step(Pair(y1, z1), arithmetic.decode(mixed.z), out)
 
@@ -199,8 +177,7 @@ def take_step(
 def undo_step(
     scheme: Scheme,
     pair1: Pair,
-    t0: Time,
-    t1: Time,
+    halves: Half,
     core: Callable[[Half, State, Any], tuple[State, Any, Any]],
     extra: PyTree[Array],
     *,
@@ -221,7 +198,6 @@ def undo_step(
         return ((a, b), extra), out
 
     carry = (pair1.z, pair1.y), extra
-    halves = halves_of(t0, t1)
     ((z, y), extra), out = through_halves(
         undo_half, carry, halves, reverse=True, unroll=unroll
     )

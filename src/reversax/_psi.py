@@ -1,13 +1,14 @@
 """The increment as the two passes evaluate it: alike.
 
 In exact arithmetic an increment must have the same bits in both passes, so there its
-core is isolated, `_isolation.py`, and differentiated with respect to the same
-parameters in both. Where a batch of solves shares parameters, whose cotangents the
-backward pass sums over all lanes at once (`_lanes.py`), increments are evaluated for
-all lanes at once in both.
+core, and the control that drives it, are isolated, `_isolation.py`, and differentiated
+with respect to the same parameters in both. Where a batch of solves shares parameters,
+whose cotangents the backward pass sums over all lanes at once (`_lanes.py`), increments
+are evaluated for all lanes at once in both.
 """
 
 from collections.abc import Hashable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -17,10 +18,14 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from ._arithmetic import State
-from ._increment import AbstractIncrement, Advance, Core, Time
-from ._isolation import Evaluation, evaluate, evaluate_isolated
+from ._control import Control, Half, Time
+from ._increment import AbstractIncrement, Advance, Core
+from ._isolation import Evaluation, Function, evaluate, evaluate_isolated
 
 Axes = PyTree[int | None]
+
+_MAPPED: Any = eqx.if_array(0)
+_HALF_MAPPED: Any = Half(_MAPPED, _MAPPED, None, _MAPPED)  # One sign for all lanes.
 
 
 class Psi(eqx.Module):
@@ -41,85 +46,128 @@ class Psi(eqx.Module):
     times: bool = eqx.field(static=True)
     """Whether the times of the steps are differentiated too."""
 
-    def core(self, t0: Time, t1: Time, y: State, *, extends: bool) -> Core:
-        """The core of an increment, in the forward pass of one lane."""
+    # The forward pass of one lane.
+
+    def contr(self, t0: Time, t1: Time) -> Control:
+        """The control of a step."""
+        if not self.isolated:
+            return eqx.combine(self.diff, self.nondiff).contr(t0, t1)
+        evaluation = self._of_lane("evaluate_control", t0, t1)
+        return eqx.combine(evaluation.value, evaluation.other)
+
+    def core(self, half: Half, y: State, *, extends: bool) -> Core:
+        """The core of an increment."""
         if not self.isolated:
             increment = eqx.combine(self.diff, self.nondiff)
-            return increment.core(t0, t1, y, extends=extends)
-        if self.axes is None:
-            return as_core(self.evaluate(t0, t1, y))
-        return self._core_of_lane(t0, t1, y)
+            return increment.core(half, y, extends=extends)
+        evaluation = self._of_lane("evaluate", half, y)
+        (increment, inexact), (other, result) = evaluation.value, evaluation.other
+        return Core(increment, eqx.combine(inexact, other), result)
 
     def extend(self, *args, error: bool, dense: bool) -> Advance:
-        """As that of the increment, in the forward pass of one lane."""
+        """As that of the increment."""
         increment = eqx.combine(self.diff, self.nondiff)
         return increment.extend(*args, error=error, dense=dense)
 
-    def evaluate(self, t0: Time, t1: Time, y: State) -> Evaluation:
-        """The core of an increment and its pull-back to `(diff, times, y)`, with
-        `times` the pair `(t0, t1)`, or nothing if they are not differentiated.
+    # Both passes. With lanes, of all of them: all but `self` has a leading axis.
 
-        With lanes, of all of them: `t0`, `t1` and `y` have a leading axis. The value is
-        the pair of the increment and what dense output depends on.
+    @property
+    def pulls_control(self) -> bool:
+        """Whether anything that controls depend on is differentiated."""
+        return self.times or bool(jtu.tree_leaves(self.diff.contr))
+
+    def evaluate_control(self, t0: Time, t1: Time) -> Evaluation:
+        """The control of a step and its pull-back to `(diff.contr, times)`; what of it
+        is not differentiable is beside the value.
+
+        `times` is the pair `(t0, t1)`, or nothing if they are not differentiated.
         """
 
         def fn(x, rest):
-            (diff, times, y), (nondiff, fixed_times) = x, rest
-            t0, t1 = fixed_times if times is None else times
-            increment = eqx.combine(diff, nondiff)
-            core = increment.core(t0, t1, y, extends=self.error or self.dense)
+            (diff, times), (nondiff, fixed_times) = x, rest
+            contr = eqx.combine(diff, nondiff)
+            control = contr(*(fixed_times if times is None else times))
+            return eqx.partition(control, eqx.is_inexact_array)
+
+        times = jnp.asarray(t0), jnp.asarray(t1)
+        varied, fixed = (times, None) if self.times else (None, times)
+        x, rest = (self.diff.contr, varied), (self.nondiff.contr, fixed)
+        axes = _MAPPED, _MAPPED
+        if self.axes is not None:
+            of_diff, of_nondiff = self.axes
+            axes = (of_diff.contr, _MAPPED), (of_nondiff.contr, _MAPPED)
+        return self._evaluate(fn, x, rest, axes, times[1] if self.isolated else None)
+
+    def evaluate(self, half: Half, y: State) -> Evaluation:
+        """The core of an increment and its pull-back to `(diff, half, y)`; `half` has
+        cotangents of its times and of its control, if these are differentiated.
+
+        The value is the pair of the increment and what dense output depends on.
+        """
+
+        def fn(x, rest):
+            (diff, varied, y), (nondiff, fixed) = x, rest
+            increment, half = eqx.combine(diff, nondiff), eqx.combine(varied, fixed)
+            core = increment.core(half, y, extends=self.error or self.dense)
             inexact, other = eqx.partition(core.rest, eqx.is_inexact_array)
             if not self.dense:
                 inexact, other = None, core.rest
             return (core.increment, inexact), (other, core.result)
 
-        times, fixed_times = self._times(t0, t1)
-        x, rest = (self.diff, times, y), (self.nondiff, fixed_times)
-        if self.axes is not None:
-            mapped = eqx.if_array(0)
-            in_axes = (self.axes[0], mapped, mapped), (self.axes[1], mapped)
-            fn = eqx.filter_vmap(fn, in_axes=in_axes, axis_name=self.axis_name)
-        if self.isolated:
-            return evaluate_isolated(fn, x, rest, jnp.asarray(t1))
-        return evaluate(fn, x, rest)
+        varied, fixed = self._varied(half)
+        x, rest = (self.diff, varied, y), (self.nondiff, fixed)
+        axes = self._axes((_HALF_MAPPED, _MAPPED), (_HALF_MAPPED,))
+        run_time = jnp.asarray(half.end) if self.isolated else None
+        return self._evaluate(fn, x, rest, axes, run_time)
 
-    def dense_info(self, t0: Time, t1: Time, y: State, core: Evaluation) -> Evaluation:
-        """The base's `dense_info`, and its pull-back to `(diff, times, y)` and the
-        value of the core; with lanes as there."""
+    def dense_info(self, half: Half, y: State, core: Evaluation) -> Evaluation:
+        """The base's `dense_info`, and its pull-back to `(diff, half, y)` and the value
+        of the core."""
 
         def fn(x, rest):
-            (diff, times, y, value), (nondiff, fixed_times, other) = x, rest
-            t0, t1 = fixed_times if times is None else times
+            (diff, varied, y, value), (nondiff, fixed, other) = x, rest
             core = Core(value[0], eqx.combine(value[1], other[0]), other[1])
-            increment = eqx.combine(diff, nondiff)
-            advance = increment.extend(t0, t1, y, core, error=False, dense=True)
+            increment, half = eqx.combine(diff, nondiff), eqx.combine(varied, fixed)
+            advance = increment.extend(half, y, core, error=False, dense=True)
             return eqx.partition(advance.dense_info, eqx.is_inexact_array)
 
-        times, fixed_times = self._times(t0, t1)
-        x = (self.diff, times, y, core.value)
-        rest = (self.nondiff, fixed_times, core.other)
+        varied, fixed = self._varied(half)
+        x, rest = (self.diff, varied, y, core.value), (self.nondiff, fixed, core.other)
+        of_x, of_rest = (_HALF_MAPPED, _MAPPED, _MAPPED), (_HALF_MAPPED, _MAPPED)
+        return self._evaluate(fn, x, rest, self._axes(of_x, of_rest), None)
+
+    def _varied(self, half: Half) -> tuple[Half, Half]:
+        """A half as differentiated, and as not."""
+        varies = lambda x: self.pulls_control and eqx.is_inexact_array(x)
+        of_control = jtu.tree_map(varies, half.control)
+        return eqx.partition(half, Half(self.times, self.times, False, of_control))
+
+    def _axes(self, of_x: tuple, of_rest: tuple) -> tuple:
+        """The axes of `(diff, *x)` and `(nondiff, *rest)`."""
+        diff, nondiff = self.axes or (None, None)
+        return (diff, *of_x), (nondiff, *of_rest)
+
+    def _evaluate(
+        self, fn: Function, x: tuple, rest: tuple, axes: tuple, run_time: Array | None
+    ) -> Evaluation:
+        """`fn(x, rest)`, of all lanes if there are any, and its pull-back; isolated,
+        if something is given that is not known before run time."""
         if self.axes is not None:
-            mapped = eqx.if_array(0)
-            in_axes = (self.axes[0], mapped, mapped, mapped)
-            in_axes = in_axes, (self.axes[1], mapped, mapped)
-            fn = eqx.filter_vmap(fn, in_axes=in_axes, axis_name=self.axis_name)
-        return evaluate(fn, x, rest)
+            fn = eqx.filter_vmap(fn, in_axes=axes, axis_name=self.axis_name)
+        if run_time is None:
+            return evaluate(fn, x, rest)
+        return evaluate_isolated(fn, x, rest, run_time)
 
-    def _times(self, t0: Time, t1: Time) -> tuple:
-        """The times as differentiated, and as not: one of them nothing."""
-        times = jnp.asarray(t0), jnp.asarray(t1)
-        return (times, None) if self.times else (None, times)
-
-    def _core_of_lane(self, t0: Time, t1: Time, y: State) -> Core:
-        """The core of one lane, which becomes that of all lanes as soon as `vmap` is
-        applied: just as the backward pass evaluates it, not what `vmap` would make of
-        the evaluation in one lane."""
-        assert self.axes is not None
+    def _of_lane(self, method: str, *args) -> Evaluation:
+        """`self.method(*args)` of one lane, without its pull-back. It becomes that of
+        all lanes as soon as `vmap` is applied: just as the backward pass evaluates it,
+        not what `vmap` would make of the evaluation in one lane."""
+        if self.axes is None:
+            return getattr(self, method)(*args)
         is_none = lambda x: x is None
-        args = (self.diff, self.nondiff, jnp.asarray(t0), jnp.asarray(t1), y)
-        all_mapped = lambda tree: jtu.tree_map(lambda _: 0, tree)
-        axes = (*self.axes, 0, 0, all_mapped(y))
-        arrays, static = eqx.partition(args, eqx.is_array)
+        everything = (self.diff, self.nondiff, list(args))
+        arrays, static = eqx.partition(everything, eqx.is_array)
+        axes = (*self.axes, [_axes_of(x) for x in arrays[2]])
         # Axes are looked up by position: trees of `None`s and arrays match no others.
         flat_axes = [
             axis
@@ -133,28 +181,29 @@ class Psi(eqx.Module):
         flat, treedef = jtu.tree_flatten(arrays)
         noted: list = []
 
-        def core(psi_axes, flat):
-            diff, nondiff, *rest = eqx.combine(treedef.unflatten(flat), static)
+        def run(psi_axes, flat):
+            diff, nondiff, args = eqx.combine(treedef.unflatten(flat), static)
             options = (self.isolated, self.error, self.dense, self.times)
             psi = Psi(diff, nondiff, psi_axes, self.axis_name, *options)
-            arrays, others = eqx.partition(as_core(psi.evaluate(*rest)), eqx.is_array)
+            evaluation = getattr(psi, method)(*args)._replace(pull=None)
+            arrays, others = eqx.partition(evaluation, eqx.is_array)
             noted.append(others)
             return arrays
 
-        of_lane = jax.custom_batching.custom_vmap(lambda *flat: core(None, flat))
+        of_lane = jax.custom_batching.custom_vmap(lambda *flat: run(None, flat))
 
         @of_lane.def_vmap
         def of_all_lanes(size, batched, *flat):
             leaves = zip(flat, flat_axes, batched, strict=True)
-            arrays = core(self.axes, [_in_each(size, *x) for x in leaves])
+            arrays = run(self.axes, [_in_each(size, *x) for x in leaves])
             return arrays, jtu.tree_map(lambda _: True, arrays)
 
         return eqx.combine(of_lane(*flat), noted[-1])
 
 
-def as_core(evaluation: Evaluation) -> Core:
-    (increment, inexact), (other, result) = evaluation.value, evaluation.other
-    return Core(increment, eqx.combine(inexact, other), result)
+def _axes_of(x: PyTree[Array]) -> Axes:
+    axes = jtu.tree_map(lambda _: 0, x)
+    return axes._replace(sign=None) if isinstance(x, Half) else axes
 
 
 def _in_each(size: int, x: Array, axis: int | None, batched: bool) -> Array:

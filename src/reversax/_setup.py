@@ -24,8 +24,9 @@ from jaxtyping import Array
 
 from ._arithmetic import State
 from ._clock import Clock, just_below
+from ._control import Time
 from ._event import close_event, without_derivatives
-from ._increment import Time, make_increment
+from ._increment import make_increment
 from ._observe import close_fn, is_subsaveat
 from ._pair import Scheme
 from ._solver import Reversible, TwinState, check_problem

@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool, PyTree
 
 from ._arithmetic import AbstractArithmetic, FixedPoint, FloatingPoint, State
 from ._compat import NONFINITE
+from ._control import Time, halves_of
 from ._coupling import AbstractCoupling, Index, Pair, Symmetric
-from ._increment import AbstractIncrement, Time, make_increment
+from ._increment import AbstractIncrement, make_increment
 from ._pair import (
     Scheme,
     StepEnds,
@@ -133,10 +134,12 @@ def pair_step(
     dense: bool,
 ) -> tuple[TwinState, State | None, dict[str, Any], dfx.RESULTS]:
     """A reversible step, its error estimate, dense output and result."""
+    halves = halves_of(t0, t1, psi.contr(t0, t1))
     core = ft.partial(psi.core, extends=error or dense)
-    step = take_step(scheme, state.pair, state.num_steps, t0, t1, core)
+    step = take_step(scheme, state.pair, state.num_steps, halves, core)
     ahead, behind = half_of(step.core, 0), half_of(step.core, 1)
-    advance = psi.extend(t0, t1, step.z, ahead, error=error, dense=dense)
+    first = half_of(halves, 0)
+    advance = psi.extend(first, step.z, ahead, error=error, dense=dense)
     ends = StepEnds(
         scheme.readout(state.pair),
         scheme.readout(step.pair1),

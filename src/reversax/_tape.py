@@ -23,8 +23,8 @@ from jaxtyping import Array, PyTree, Real, UInt32
 
 from ._clock import Clock, Moment, Sensitivity, pull_row, pull_through
 from ._compat import buffer_at_set, replayed_end, while_loop
+from ._control import Time
 from ._coupling import Index, Pair
-from ._increment import Time
 from ._isolation import isolated_product
 from ._pair import Scheme
 

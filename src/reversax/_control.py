@@ -1,0 +1,186 @@
+"""The control of a step: what drives the terms over it.
+
+Over a step from `t0` to `t1` a term is driven by the length of the step, by the
+increment of a path, or by that of a Brownian path `W` and its Levy areas. The reverse
+half of a reversible step runs along the same path in the opposite direction, where
+
+    (R)    dt -> -dt,    W -> -W,    H -> H,    K -> -K
+
+with `H` the space-time and `K` the space-time-time Levy area, which are the mean of
+what the path is above its chord and the first moment of that about the middle (Foster,
+Lyons & Oberhauser, arXiv 1904.06998). So the control is evaluated once a step, which
+for a Brownian tree is most of the work, and (R) gives it to the reverse half exactly.
+
+A solver that takes its own steps asks the terms for the control itself. It is given
+`StepTerm`s, which know it already. They also stand in for Diffrax's `WrapTerm`, which
+turns time around where `t1 < t0`, but changes the sign of `H` too.
+"""
+
+from typing import Any, NamedTuple
+
+import diffrax as dfx
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, PyTree, Real
+
+from ._compat import WrapTerm, flips_space_time_area
+
+Time = Real[Array, ""] | np.ndarray | float
+Sign = Array | np.ndarray | int
+Control = PyTree[Any]
+
+_KNOWN_INCREMENTS = (
+    dfx.BrownianIncrement,
+    dfx.SpaceTimeLevyArea,
+    dfx.SpaceTimeTimeLevyArea,
+)
+
+
+def _is_increment(x: Any) -> bool:
+    return isinstance(x, dfx.AbstractBrownianIncrement)
+
+
+def in_direction(control: Control, sign: Sign) -> Control:
+    """A control, or with `sign` -1 that of the reversed path, (R); its own inverse and
+    its own transpose."""
+    times_sign = lambda x: x * jnp.asarray(sign).astype(jnp.result_type(x))
+
+    def leaf(x):
+        if not _is_increment(x):
+            return times_sign(x)
+        if type(x) not in _KNOWN_INCREMENTS:
+            raise NotImplementedError(
+                f"`reversax.Reversible(...)` got a Brownian increment of type "
+                f"`{type(x).__name__}`, and does not know what becomes of it along the "
+                "reversed path. Use a path with `levy_area=` one of "
+                "`diffrax.BrownianIncrement`, `diffrax.SpaceTimeLevyArea` and "
+                "`diffrax.SpaceTimeTimeLevyArea`."
+            )
+        signed = jtu.tree_map(times_sign, x)
+        if isinstance(x, dfx.AbstractSpaceTimeLevyArea):
+            signed = eqx.tree_at(lambda s: s.H, signed, x.H)
+        return signed
+
+    return jtu.tree_map(leaf, control, is_leaf=_is_increment)  # (R)
+
+
+class Half(NamedTuple):
+    """Half a step: where its increment leads from and to, the sign it comes with, and
+    its control. Or both halves, stacked; or the cotangents of some of this."""
+
+    start: Any
+    end: Any
+    sign: Any
+    control: Control
+
+    def signed(self, increment: PyTree[Array]) -> PyTree[Array]:
+        """`s Psi`."""
+        return jtu.tree_map(lambda x: x * self.sign.astype(x.dtype), increment)
+
+
+def halves_of(t0: Time, t1: Time, control: Control) -> Half:
+    """Both halves of the step from `t0` to `t1`, stacked."""
+    sign = np.array([1.0, -1.0], np.float32)
+    both = jtu.tree_map(lambda *x: jnp.stack(x), control, in_direction(control, -1))
+    return Half(jnp.stack([t0, t1]), jnp.stack([t1, t0]), sign, both)
+
+
+def of_step(ct: Half) -> tuple[Time | None, Time | None, Control]:
+    """The cotangents of a step's start, end and control from those of both halves,
+    stacked; `None` where there is none."""
+    start, end, _, control = ct
+    backward = in_direction(jtu.tree_map(lambda x: x[1], control), -1)
+    control = jtu.tree_map(lambda x, y: x[0] + y, control, backward)
+    if start is None or end is None:
+        return None, None, control
+    return start[0] + end[1], end[0] + start[1], control
+
+
+def _unwrapped(term: dfx.AbstractTerm) -> tuple[dfx.AbstractTerm, Sign]:
+    """A term as the user wrote it, and the direction that its time runs in."""
+    if isinstance(term, WrapTerm):
+        return term.term, term.direction
+    return term, 1
+
+
+def is_brownian(x: Any) -> bool:
+    return isinstance(x, dfx.AbstractBrownianPath)
+
+
+def _control_of(term: dfx.AbstractTerm, t0: Time, t1: Time, **options) -> Control:
+    """The control of one term, with its Levy areas if it has any."""
+    inner, direction = _unwrapped(term)
+    if is_brownian(getattr(inner, "control", None)):
+        options["use_levy"] = True
+    start = jnp.where(direction == 1, t0, -t1)
+    end = jnp.where(direction == 1, t1, -t0)
+    return in_direction(inner.contr(start, end, **options), direction)
+
+
+def _is_single_term(x: Any) -> bool:
+    return isinstance(x, dfx.AbstractTerm) and not isinstance(x, dfx.MultiTerm)
+
+
+def controls_of(terms: PyTree[dfx.AbstractTerm], t0: Time, t1: Time) -> list[Control]:
+    """The controls of all terms over a step."""
+    leaves = jtu.tree_leaves(terms, is_leaf=_is_single_term)
+    return [_control_of(term, t0, t1) for term in leaves]
+
+
+class StepTerm(WrapTerm):
+    """A term over half a step, of which it knows the control."""
+
+    half: Half
+
+    def contr(self, t0, t1, *, use_levy: bool = False, **options) -> Any:
+        half = self.half
+        if t0 is half.start and t1 is half.end and not options:
+            control = half.control
+        else:  # Of a part of the step, say.
+            start = jnp.where(half.sign > 0, t0, t1)
+            end = jnp.where(half.sign > 0, t1, t0)
+            control = _control_of(self, start, end, **options)
+            control = in_direction(control, half.sign)
+        if _is_increment(control) and not use_levy:
+            return control.W
+        return control
+
+
+class _DriftOfSRK(StepTerm):
+    """The drift as `diffrax.AbstractSRK` takes it: it uses the length of the step for
+    its control, also where time runs backwards. The direction belongs to the field."""
+
+    def contr(self, t0, t1, **options) -> Any:
+        return super().contr(t0, t1, **options) * self.direction
+
+    def prod(self, vf, control) -> Any:
+        return super().prod(vf, control * self.direction)
+
+    def vf_prod(self, t, y, args, control) -> Any:
+        return super().vf_prod(t, y, args, control * self.direction)
+
+
+def over_half(
+    solver: dfx.AbstractSolver, terms: PyTree[dfx.AbstractTerm], half: Half
+) -> PyTree[dfx.AbstractTerm]:
+    """The terms as `solver` is to see them over half a step, of which `half.control`
+    are the [`controls_of`][] all."""
+    leaves, treedef = jtu.tree_flatten(terms, is_leaf=_is_single_term)
+    of_srk = isinstance(solver, dfx.AbstractSRK)
+    controls = half.control
+    if of_srk and flips_space_time_area():  # It will do so once more.
+        controls = [_with_area(c, half.sign) for c in controls]
+    known = []
+    for i, (term, control) in enumerate(zip(leaves, controls, strict=True)):
+        cls = _DriftOfSRK if of_srk and i == 0 else StepTerm
+        known.append(cls(*_unwrapped(term), half._replace(control=control)))
+    return treedef.unflatten(known)
+
+
+def _with_area(control: Control, sign: Sign) -> Control:
+    if not isinstance(control, dfx.AbstractSpaceTimeLevyArea):
+        return control
+    area = jtu.tree_map(lambda x: x * jnp.asarray(sign).astype(x.dtype), control.H)
+    return eqx.tree_at(lambda c: c.H, control, area)
