@@ -163,14 +163,6 @@ def test_an_unsafe_brownian_path_is_refused(adjoint):
         solve(rvx.Reversible(dfx.Heun()), dfx.MultiTerm(TERM, noise), adjoint=adjoint)
 
 
-def test_an_ito_base_on_a_stochastic_equation_is_refused():
-    path = dfx.VirtualBrownianTree(0.0, 1.0, 1e-3, (2,), jax.random.key(0))
-    noise = dfx.ControlTerm(lambda t, y, args: jnp.diag(y), path)
-    message = r"reversax\.Reversible.*`Euler`.*Ito.*Stratonovich base such as"
-    with pytest.raises(ValueError, match=message):
-        solve(rvx.Reversible(dfx.Euler()), dfx.MultiTerm(TERM, noise))
-
-
 FORWARD_MODE = r"ReversibleAdjoint.*forward mode.*only has a reverse-mode.*ForwardMode"
 
 

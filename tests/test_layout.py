@@ -13,9 +13,9 @@ SOURCE = ROOT / "src" / "reversax"
 # From the bottom to the top: a module imports only from those before it.
 ORDER = [
     "_compat", "_guard", "_lanes", "_isolation", "_arithmetic", "_coupling",
-    "_control", "_increment", "_psi", "_pair", "_solver", "_clock", "_tape", "_observe",
-    "_event", "_setup", "_forward", "_certificate", "_one_lane", "_backward",
-    "_adjoint", "_round_trip", "__init__",
+    "_control", "_problem", "_increment", "_psi", "_pair", "_solver", "_clock", "_tape",
+    "_observe", "_event", "_setup", "_forward", "_certificate", "_one_lane",
+    "_backward", "_adjoint", "_round_trip", "__init__",
 ]  # fmt: skip
 MODULES = sorted(SOURCE.glob("*.py"))
 FILES = [

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -105,14 +106,24 @@ def _unwrapped(term: dfx.AbstractTerm) -> tuple[dfx.AbstractTerm, Sign]:
     return term, 1
 
 
-def is_brownian(x: Any) -> bool:
+def _is_brownian(x: Any) -> bool:
     return isinstance(x, dfx.AbstractBrownianPath)
+
+
+def brownian_paths(terms: PyTree) -> list[dfx.AbstractBrownianPath]:
+    """All of them: where there is one, the equation is stochastic."""
+    leaves = jtu.tree_leaves(terms, is_leaf=_is_brownian)
+    return [x for x in leaves if _is_brownian(x)]
+
+
+def _has_brownian_control(term: dfx.AbstractTerm) -> bool:
+    return _is_brownian(getattr(_unwrapped(term)[0], "control", None))
 
 
 def _control_of(term: dfx.AbstractTerm, t0: Time, t1: Time, **options) -> Control:
     """The control of one term, with its Levy areas if it has any."""
     inner, direction = _unwrapped(term)
-    if is_brownian(getattr(inner, "control", None)):
+    if _has_brownian_control(term):
         options["use_levy"] = True
     start = jnp.where(direction == 1, t0, -t1)
     end = jnp.where(direction == 1, t1, -t0)
@@ -127,6 +138,29 @@ def controls_of(terms: PyTree[dfx.AbstractTerm], t0: Time, t1: Time) -> list[Con
     """The controls of all terms over a step."""
     leaves = jtu.tree_leaves(terms, is_leaf=_is_single_term)
     return [_control_of(term, t0, t1) for term in leaves]
+
+
+def noise_is_additive(
+    terms: PyTree[dfx.AbstractTerm], t0: Time, y0: PyTree[Array], args: PyTree
+) -> bool:
+    """Whether what Brownian paths are multiplied by is independent of the state: of
+    what its program reads, so that a field that only seems to depend on the state, as
+    `0 * y + 1` does, counts as one that does."""
+
+    def depends(term) -> bool:
+        driven = lambda y: term.vf_prod(t0, y, args, term.contr(t0, t0))
+        closed = jax.make_jaxpr(driven)(y0)
+        read = set(closed.jaxpr.invars)
+        for equation in closed.jaxpr.eqns:
+            if any(v in read for v in equation.invars if not hasattr(v, "val")):
+                read.update(equation.outvars)
+        return any(v in read for v in closed.jaxpr.outvars if not hasattr(v, "val"))
+
+    leaves = jtu.tree_leaves(terms, is_leaf=_is_single_term)
+    driven = [
+        t for t in leaves if _is_brownian(getattr(_unwrapped(t)[0], "control", 0))
+    ]
+    return not any(map(depends, driven))
 
 
 class StepTerm(WrapTerm):

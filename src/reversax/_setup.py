@@ -29,7 +29,8 @@ from ._event import close_event, without_derivatives
 from ._increment import make_increment
 from ._observe import close_fn, is_subsaveat
 from ._pair import Scheme
-from ._solver import Reversible, TwinState, check_problem
+from ._problem import check_problem
+from ._solver import Reversible, TwinState
 from ._tape import Plan, prescribes_times
 
 CALL = "`diffrax.diffeqsolve(..., adjoint=reversax.ReversibleAdjoint())`"
@@ -198,7 +199,7 @@ def set_up(
     controller = stepsize_controller
     _check_call(call, solver, controller, event, saveat, max_steps, restart_every)
     y0, scheme = init_state.y, solver.scheme
-    check_problem(solver, terms, y0)
+    check_problem(solver.solver, solver.coupling, (terms, t0, y0, args))
     state = _first_state(scheme, y0, init_state.solver_state, passed_solver_state)
     increment = make_increment(solver.solver, terms, args).close(t0, y0)
     fns = [close_fn(sub, args, t0, y0) for sub in _subs(saveat)]

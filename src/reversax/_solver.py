@@ -8,11 +8,11 @@ import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool
 
 from ._arithmetic import AbstractArithmetic, FixedPoint, FloatingPoint, State
 from ._compat import NONFINITE
-from ._control import Time, halves_of
+from ._control import Time, brownian_paths, halves_of
 from ._coupling import AbstractCoupling, Index, Pair, Symmetric
 from ._increment import AbstractIncrement, make_increment
 from ._pair import (
@@ -25,21 +25,10 @@ from ._pair import (
     half_of,
     take_step,
 )
+from ._problem import check_problem, innermost, layers_of
 from ._psi import Psi
 
 _TWO_STATE_SOLVERS = (dfx.ReversibleHeun, dfx.LeapfrogMidpoint, dfx.SemiImplicitEuler)
-
-
-def _layers(solver: Any) -> list:
-    """A solver, what it wraps, what that wraps, and so on."""
-    layers = [solver]
-    while issubclass(type(layers[-1]), dfx.AbstractWrappedSolver):
-        layers.append(layers[-1].solver)
-    return layers
-
-
-def _innermost(solver: dfx.AbstractSolver) -> dfx.AbstractSolver:
-    return _layers(solver)[-1]
 
 
 def _check_base(solver: Any) -> None:
@@ -50,7 +39,7 @@ def _check_base(solver: Any) -> None:
             f"`diffrax.Tsit5()` (with the brackets), got {solver!r}."
         )
     call = f"`reversax.Reversible({type(solver).__name__}(...))`"
-    layers = _layers(solver)
+    layers = layers_of(solver)
     # By exact type: `isinstance` looks through wrappers.
     reversible = any(issubclass(type(layer), Reversible) for layer in layers)
     name = "Reversible" if reversible else type(layers[-1]).__name__
@@ -66,42 +55,6 @@ def _check_base(solver: Any) -> None:
             f"{call} needs a one-step solver, but `{name}` advances two states "
             "(or two steps) already, so it has no increment of a single state. Use a "
             "Runge-Kutta solver such as `diffrax.Midpoint()` or `diffrax.Tsit5()`."
-        )
-
-
-def _is_brownian(x: Any) -> bool:
-    return isinstance(x, dfx.AbstractBrownianPath)
-
-
-def check_problem(
-    solver: "Reversible", terms: PyTree[dfx.AbstractTerm], y0: State
-) -> None:
-    """Refuses terms and states for which the scheme would be silently wrong."""
-    call = "`diffrax.diffeqsolve(..., solver=reversax.Reversible(...))`"
-    for leaf in jtu.tree_leaves(y0):
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"{call} needs a state of real floating-point arrays, got a leaf of "
-                f"dtype {dtype}. Convert integers to float; split a complex state into "
-                "its real and imaginary parts."
-            )
-    paths = jtu.tree_leaves(terms, is_leaf=_is_brownian)
-    paths = [path for path in paths if _is_brownian(path)]
-    if any(isinstance(path, dfx.UnsafeBrownianPath) for path in paths):
-        raise ValueError(
-            f"{call} got an `UnsafeBrownianPath`, which cannot be evaluated over the "
-            "same interval twice, as each reversible step and its inverse do. Use "
-            "`diffrax.VirtualBrownianTree` instead."
-        )
-    if paths and isinstance(solver.solver, dfx.AbstractItoSolver):
-        name = type(_innermost(solver.solver)).__name__
-        raise ValueError(
-            f"{call} got a stochastic differential equation and the base `{name}`, "
-            "which converges to the Ito solution. Half of each reversible step runs "
-            "backwards along the path, where an Ito scheme converges to something "
-            "else, so the pair would converge to neither. Use a Stratonovich base such "
-            "as `diffrax.Heun()` or `diffrax.Midpoint()`."
         )
 
 
@@ -254,7 +207,7 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
     @property
     def scan_kind(self):
         # `DirectAdjoint` and `ForwardMode` set it on whatever counts as Runge-Kutta.
-        return getattr(_innermost(self.solver), "scan_kind", None)
+        return getattr(innermost(self.solver), "scan_kind", None)
 
     @property
     def interpolation_cls(self):
@@ -268,6 +221,8 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
         return self.solver.strong_order(terms)
 
     def error_order(self, terms):
+        if brownian_paths(terms):
+            return self.solver.error_order(terms)
         order = self.solver.order(terms)
         if isinstance(self.solver, dfx.AbstractAdaptiveSolver) or order is None:
             return self.solver.error_order(terms)
@@ -277,8 +232,8 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
         return self.solver.func(terms, t0, y0, args)
 
     def init(self, terms, t0, t1, y0, args) -> TwinState:
-        del t0, t1, args
-        check_problem(self, terms, y0)
+        del t1
+        check_problem(self.solver, self.coupling, (terms, t0, y0, args))
         return TwinState(self.scheme.start(y0), jnp.zeros((), jnp.int32))
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):

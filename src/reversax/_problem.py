@@ -1,0 +1,82 @@
+"""What no reversible scheme can solve, or not rightly: refused when a solve begins."""
+
+from typing import Any
+
+import diffrax as dfx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+from ._arithmetic import State
+from ._control import Time, brownian_paths, noise_is_additive
+from ._coupling import AbstractCoupling, Symmetric
+
+# The terms, `t0`, `y0` and `args`.
+Problem = tuple[PyTree[dfx.AbstractTerm], Time, State, PyTree]
+
+
+def layers_of(solver: Any) -> list:
+    """A solver, what it wraps, what that wraps, and so on."""
+    layers = [solver]
+    while issubclass(type(layers[-1]), dfx.AbstractWrappedSolver):
+        layers.append(layers[-1].solver)
+    return layers
+
+
+def innermost(solver: dfx.AbstractSolver) -> dfx.AbstractSolver:
+    return layers_of(solver)[-1]
+
+
+def _check_state(call: str, y0: State) -> None:
+    for leaf in jtu.tree_leaves(y0):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{call} needs a state of real floating-point arrays, got a leaf of "
+                f"dtype {dtype}. Convert integers to float; split a complex state into "
+                "its real and imaginary parts."
+            )
+
+
+def _check_noise(
+    call: str, base: dfx.AbstractSolver, coupling: AbstractCoupling, problem: Problem
+) -> None:
+    """Refuses what would converge to no solution, or to one nobody asked for."""
+    paths = brownian_paths(problem[0])
+    if any(isinstance(path, dfx.UnsafeBrownianPath) for path in paths):
+        raise ValueError(
+            f"{call} got an `UnsafeBrownianPath`, which cannot be evaluated over the "
+            "same interval twice, as each reversible step and its inverse do. Use "
+            "`diffrax.VirtualBrownianTree` instead."
+        )
+    if not paths or not isinstance(base, dfx.AbstractItoSolver):
+        return
+    name = type(innermost(base)).__name__
+    got = f"{call} got a stochastic differential equation and the base `{name}`"
+    if type(innermost(base)) is not dfx.Euler:
+        raise ValueError(
+            f"{got}, an Ito solver. A reversible pair solves the Stratonovich "
+            "equation, since half of each of its steps runs backwards along the path. "
+            "Write the equation in Stratonovich form, with the drift `f - g g'/2` in "
+            "the place of `f`, and use `diffrax.StratonovichMilstein()`, "
+            "`diffrax.Heun()`, or `diffrax.Euler()` with "
+            "`coupling=reversax.Symmetric()`."
+        )
+    if not isinstance(coupling, Symmetric) and not noise_is_additive(*problem):
+        raise ValueError(
+            f"{got} with `coupling=reversax.{type(coupling).__name__}(...)`, "
+            "and the noise depends on the state. Half of each step runs backwards "
+            "along the path, where Euler converges to something else than forwards, "
+            "and this coupling does not take the mean of the two. Use "
+            "`coupling=reversax.Symmetric()`, with which it converges to the "
+            "Stratonovich solution, or a Stratonovich base such as `diffrax.Heun()`."
+        )
+
+
+def check_problem(
+    base: dfx.AbstractSolver, coupling: AbstractCoupling, problem: Problem
+) -> None:
+    """Refuses terms and states for which the scheme would be silently wrong."""
+    call = "`diffrax.diffeqsolve(..., solver=reversax.Reversible(...))`"
+    _check_state(call, problem[2])
+    _check_noise(call, base, coupling, problem)
