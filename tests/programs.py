@@ -4,6 +4,7 @@ import diffrax as dfx
 import helpers
 import jax
 import jax.numpy as jnp
+import pytest
 from helpers import (
     flat,
     initial_states,
@@ -51,3 +52,5 @@ CONTROLLED = {
     "constant": dict(),
     "pid": dict(stepsize_controller=PID, dt0=None),
 }
+# Each cell takes ten seconds to compile: daily the one that records its times.
+BY_CONTROL = ["pid", pytest.param("constant", marks=pytest.mark.heavy)]

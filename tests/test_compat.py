@@ -161,3 +161,28 @@ def test_errors_at_run_time_are_of_this_class():
         eqx.filter_jit(
             lambda x: eqx.branched_error_if(x, x > 0, jnp.array(1), ["first", "second"])
         )(jnp.array(1.0))
+
+
+def test_every_single_term_is_wrapped_with_its_direction():
+    seen = []
+
+    class Looking(dfx.Euler):
+        def init(self, terms, t0, t1, y0, args):
+            seen.append(terms)
+            return super().init(terms, t0, t1, y0, args)
+
+    term = dfx.ODETerm(lambda t, y, args: -y)
+    for t0, t1 in ((0.0, 1.0), (1.0, 0.0)):
+        dfx.diffeqsolve(
+            dfx.MultiTerm(term, term), Looking(), t0, t1, (t1 - t0) / 4, 1.0
+        )
+    for terms, direction in zip(seen, (1, -1), strict=True):
+        assert all(type(x) is _compat.WrapTerm for x in terms.terms)
+        assert all(type(x.term) is dfx.ODETerm for x in terms.terms)
+        assert [int(x.direction) for x in terms.terms] == [direction] * 2
+
+
+def test_steps_of_this_diffrax_leave_the_space_time_area_as_it_is():
+    """If not, the answer is what it should be all the same: `test_stochastic.py` has
+    orders that only the right sign gives."""
+    assert _compat.flips_space_time_area() is False

@@ -12,7 +12,17 @@ from helpers import (
     network_field,
     relative_difference,
 )
-from programs import ARGS, CONTROLLED, DIRECT, OURS, SOLVER, Y0, agree, solve
+from programs import (
+    ARGS,
+    BY_CONTROL,
+    CONTROLLED,
+    DIRECT,
+    OURS,
+    SOLVER,
+    Y0,
+    agree,
+    solve,
+)
 
 
 def test_parameters_that_the_field_and_the_saved_function_close_over():
@@ -83,7 +93,13 @@ def test_leaves_of_different_precision_in_one_state():
     agree(loss, (y0, float32(0.4)), bound=2e-6)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(jnp.bfloat16, id="bf16"),
+        pytest.param(jnp.float16, id="f16", marks=pytest.mark.heavy),
+    ],
+)
 def test_half_precision_parameters_inside_the_field(dtype):
     """Their cotangents are summed in single precision. The oracle is the same program
     with double-precision parameters of the same values, cast inside the field: the
@@ -173,7 +189,7 @@ def test_a_users_own_tree_as_state():
     agree(loss, (Point(jnp.array(1.0), jnp.array(0.0)), jnp.array(3.0)))
 
 
-@pytest.mark.parametrize("controlled", CONTROLLED)
+@pytest.mark.parametrize("controlled", BY_CONTROL)
 def test_controlled_equations(controlled):
     """A control with derivatives in its values, and in a term of several parts."""
     times = jnp.linspace(0, 1, 6)

@@ -50,7 +50,16 @@ def test_values_are_the_same_under_reversible_and_checkpointed_adjoints(name):
     assert jnp.max(jnp.abs(ours - theirs)) < 1e-14
 
 
-@pytest.mark.parametrize("name", ["Tsit5", "HalfSolver-Heun", "own-midpoint"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "own-midpoint",
+        *(
+            pytest.param(x, marks=pytest.mark.heavy)
+            for x in ("Tsit5", "HalfSolver-Heun")
+        ),
+    ],
+)
 def test_direct_adjoint_gives_the_same_gradient(name):
     solver = rvx.Reversible(BASES[name])
     ours, direct = (
