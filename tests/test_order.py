@@ -131,13 +131,20 @@ def slope(errs):
     return float(np.log2(errs[-2] / errs[-1]))
 
 
+# On van der Pol's the errors of these change their sign on the way: for second order it
+# is between 160 and 640 steps, and 4.7e-4 is followed by 2.4e-5 and 1.9e-5.
+FINER = {"van-der-pol": dict(Heun=8, Midpoint=8, Ralston=8, Tsit5=2)}
+ROUND_OFF = 5e-12  # Of the finest of Tsit5 there, 2e-12 was measured.
+
+
 @each_problem
 @pytest.mark.parametrize("name", BASES)
 def test_global_error_and_interpolated_values_have_the_order_of_the_base(name, problem):
     base, order, interpolation_order, n = BASES[name]
     solver = published(base)
+    n *= FINER.get(problem, {}).get(name, 1)
     at_t1, at_ts = errors(problem, solver, (n, 2 * n, 4 * n))
-    assert slope(at_t1) >= order - 0.25, at_t1
+    assert slope(at_t1) >= order - 0.25 or at_t1[-1] <= ROUND_OFF, at_t1
     assert slope(at_ts) >= min(order, interpolation_order) - 0.25, at_ts
     assert solver.order(dfx.ODETerm(lambda t, y, args: y)) == order
 
@@ -158,8 +165,9 @@ def test_symmetric_coupling_gains_an_order_for_odd_bases(name, problem, scheme):
     base, base_order, interpolation_order, n = BASES[name]
     order, n = base_order + base_order % 2, COARSEST.get(name, n)
     solver = rvx.Reversible(base, *SCHEMES[scheme])
+    n *= FINER.get(problem, {}).get(name, 1)
     at_t1, at_ts = errors(problem, solver, (n, 2 * n, 4 * n))
-    assert slope(at_t1) >= order - 0.25, at_t1
+    assert slope(at_t1) >= order - 0.25 or at_t1[-1] <= ROUND_OFF, at_t1
     # Averaging the interpolants of the step's two halves gained no order (measured, by
     # a factor of 1 to 2.7 in the error), at the price of more evaluations.
     assert slope(at_ts) >= min(order, interpolation_order) - 0.25, at_ts
