@@ -137,7 +137,7 @@ class Walk(eqx.Module):
         control = self.psi.evaluate_control(step.t0, step.t1)
         mixed, ((ct_z, ct_y), ct_p), ct_halves = undo_step(
             self.lane.scheme,
-            *(step.pair1, _halves(step, control)),
+            *(step.pair1, _halves(step.t0, step.t1, control)),
             core=undo_half,
             extra=((step.ct.z, step.ct.y), step.ct_parameters[0]),
             unroll=False,
@@ -158,7 +158,7 @@ class Walk(eqx.Module):
 
         scheme, (t0, t1) = self.lane.scheme, (step.t0, step.t1)
         control = self.psi.evaluate_control(t0, t1)
-        halves = _halves(step, control)
+        halves = _halves(t0, t1, control)
         mixed, _, evaluations = undo_step(
             scheme, step.pair1, halves, core=undo_half, extra=None, unroll=True
         )  # (B2, B1)
@@ -310,8 +310,8 @@ def _pull_halves(
     return ct_twins, ct_p, ct_halves
 
 
-def _halves(step: _Undoing, control: Evaluation) -> Half:
-    return halves_of(step.t0, step.t1, eqx.combine(control.value, control.other))
+def _halves(t0: Time, t1: Time, control: Evaluation) -> Half:
+    return halves_of(t0, t1, eqx.combine(control.value, control.other))
 
 
 def walk_back(
@@ -344,7 +344,7 @@ def walk_back_without_cotangents(
         num_steps, pair = carry
         index, t0, t1 = lane.last_of(num_steps)
         control = psi.evaluate_control(t0, t1)
-        halves = halves_of(t0, t1, eqx.combine(control.value, control.other))
+        halves = _halves(t0, t1, control)
         mixed, *_ = undo_step(
             lane.scheme, pair, halves, core=undo_half, extra=None, unroll=False
         )

@@ -43,14 +43,18 @@ def _is_increment(x: Any) -> bool:
     return isinstance(x, dfx.AbstractBrownianIncrement)
 
 
+def _times(sign: Sign, tree: PyTree[Array]) -> PyTree[Array]:
+    times = lambda x: x * jnp.asarray(sign).astype(jnp.result_type(x))
+    return jtu.tree_map(times, tree)
+
+
 def in_direction(control: Control, sign: Sign) -> Control:
     """A control, or with `sign` -1 that of the reversed path, (R); its own inverse and
     its own transpose."""
-    times_sign = lambda x: x * jnp.asarray(sign).astype(jnp.result_type(x))
 
     def leaf(x):
         if not _is_increment(x):
-            return times_sign(x)
+            return _times(sign, x)
         if type(x) not in _KNOWN_INCREMENTS:
             raise NotImplementedError(
                 f"`reversax.Reversible(...)` got a Brownian increment of type "
@@ -59,7 +63,7 @@ def in_direction(control: Control, sign: Sign) -> Control:
                 "`diffrax.BrownianIncrement`, `diffrax.SpaceTimeLevyArea` and "
                 "`diffrax.SpaceTimeTimeLevyArea`."
             )
-        signed = jtu.tree_map(times_sign, x)
+        signed = _times(sign, x)
         if isinstance(x, dfx.AbstractSpaceTimeLevyArea):
             signed = eqx.tree_at(lambda s: s.H, signed, x.H)
         return signed
@@ -78,7 +82,7 @@ class Half(NamedTuple):
 
     def signed(self, increment: PyTree[Array]) -> PyTree[Array]:
         """`s Psi`."""
-        return jtu.tree_map(lambda x: x * self.sign.astype(x.dtype), increment)
+        return _times(self.sign, increment)
 
 
 def halves_of(t0: Time, t1: Time, control: Control) -> Half:
@@ -157,10 +161,7 @@ def noise_is_additive(
         return any(v in read for v in closed.jaxpr.outvars if not hasattr(v, "val"))
 
     leaves = jtu.tree_leaves(terms, is_leaf=_is_single_term)
-    driven = [
-        t for t in leaves if _is_brownian(getattr(_unwrapped(t)[0], "control", 0))
-    ]
-    return not any(map(depends, driven))
+    return not any(depends(term) for term in leaves if _has_brownian_control(term))
 
 
 class StepTerm(WrapTerm):
@@ -216,5 +217,4 @@ def over_half(
 def _with_area(control: Control, sign: Sign) -> Control:
     if not isinstance(control, dfx.AbstractSpaceTimeLevyArea):
         return control
-    area = jtu.tree_map(lambda x: x * jnp.asarray(sign).astype(x.dtype), control.H)
-    return eqx.tree_at(lambda c: c.H, control, area)
+    return eqx.tree_at(lambda c: c.H, control, _times(sign, control.H))
