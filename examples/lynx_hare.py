@@ -22,8 +22,6 @@ It shows how to train, not how lynx live: there are more parameters than observa
 The packages it needs come with the extra `examples`.
 """
 
-import argparse
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -34,13 +32,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    label,
+    parse_arguments,
+    temporary_bytes,
+    train,
+)
 from jax.flatten_util import ravel_pytree
 from jax.stages import Compiled
 from jaxtyping import Array, Float, PRNGKeyArray
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import reversax
@@ -63,9 +68,6 @@ REVERSIBLE = reversax.Reversible(
     BASE, coupling=reversax.McCallumFoster(coupling_parameter=0.99999)
 )
 REVERSIBLE_ADJOINT = reversax.ReversibleAdjoint()
-
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-ORANGE, BLUE, GREEN = "#D55E00", "#0072B2", "#009E73"
 
 
 class Pelts(NamedTuple):
@@ -144,7 +146,7 @@ def loss_fn(
     return jnp.mean(error**2) + PENALTY * sum(jnp.sum(w**2) for w in weights)
 
 
-def train(
+def fit(
     model: PredatorPrey, pelts: Pelts, steps: int, console: Console
 ) -> tuple[PredatorPrey, float]:
     """Returns the trained model, and the loss before the last update."""
@@ -152,26 +154,16 @@ def train(
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
     @eqx.filter_jit
-    def update(model, state):
+    def update(state, step):
+        model, optimiser_state = state
         value_and_grad = eqx.filter_value_and_grad(loss_fn)
         loss, grads = value_and_grad(model, pelts, TRAINING_NUM_STEPS)
-        updates, state = optimiser.update(grads, state)
-        return eqx.apply_updates(model, updates), state, loss
+        updates, optimiser_state = optimiser.update(grads, optimiser_state)
+        return (eqx.apply_updates(model, updates), optimiser_state), loss
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}  loss {task.fields[loss]:.4f}"),
-        TimeElapsedColumn(),
-    )
-    state = optimiser.init(eqx.filter(model, eqx.is_array))
-    loss = math.nan
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("Training", total=steps, loss=loss)
-        for _ in range(steps):
-            model, state, loss = update(model, state)
-            progress.update(task, advance=1, loss=float(loss))
-    return model, float(loss)
+    state = model, optimiser.init(eqx.filter(model, eqx.is_array))
+    (model, _), loss = train(update, state, steps, console)
+    return model, loss
 
 
 class Way(NamedTuple):
@@ -230,14 +222,6 @@ def compare_gradients(
     return float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected))
 
 
-def temporary_bytes(program: Compiled) -> int:
-    """What a compiled program needs besides its inputs and outputs."""
-    memory = program.memory_analysis()
-    if memory is None:
-        raise RuntimeError("This backend of JAX does not say how much memory it uses.")
-    return memory.temp_size_in_bytes
-
-
 def plot_fit(pelts: Pelts, ts: np.ndarray, fit: np.ndarray, path: Path) -> None:
     points, curves = pelts.thousands(pelts.log), pelts.thousands(fit)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -266,14 +250,6 @@ def plot_memory(num_steps: Sequence[int], table: np.ndarray, path: Path) -> None
     figure.savefig(path, dpi=150)
 
 
-def label(axes: Axes, x: str, y: str) -> None:
-    axes.set_xlabel(x, fontsize=12)
-    axes.set_ylabel(y, fontsize=12)
-    axes.tick_params(labelsize=11)
-    axes.legend(fontsize=10, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def show_memory(num_steps: Sequence[int], table: np.ndarray, console: Console) -> None:
     printed = Table(title="Temporary memory of the compiled gradient, bytes")
     printed.add_column("steps", justify="right")
@@ -284,24 +260,12 @@ def show_memory(num_steps: Sequence[int], table: np.ndarray, console: Console) -
     console.print(printed)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Train a neural differential equation on lynx and hare pelts."
-    )
-    parser.add_argument("--steps", type=int, default=5000, help="steps of training")
-    parser.add_argument(
-        "--out", type=Path, default=Path("figures"), help="folder for the figures"
-    )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="five steps of training instead, and one measurement of memory",
-    )
-    return parser.parse_args()
-
-
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = parse_arguments(
+        "Train a neural differential equation on lynx and hare pelts.",
+        steps=5000,
+        quick="five steps of training instead, and one measurement of memory",
+    )
     jax.config.update("jax_enable_x64", True)
     console = Console()
     pelts = load_pelts()
@@ -310,7 +274,7 @@ def main() -> None:
         steps, num_steps = 5, NUM_STEPS[1:2]
 
     model = PredatorPrey(pelts.log[0], key=jax.random.key(0))
-    model, loss = train(model, pelts, steps, console)
+    model, loss = fit(model, pelts, steps, console)
 
     with console.status("Compiling gradients to compare and measure them"):
         programs = [
@@ -326,10 +290,9 @@ def main() -> None:
     show_memory(num_steps, table, console)
 
     ts = np.linspace(pelts.years[0], pelts.years[-1], 30 * (len(pelts.years) - 1) + 1)
-    fit = np.asarray(solve(model, ts, TRAINING_NUM_STEPS))
-    rmse = np.sqrt(np.mean((fit[::30] - pelts.log) ** 2, axis=0))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    plot_fit(pelts, ts, fit, arguments.out / "lynx_hare_fit.png")
+    curves = np.asarray(solve(model, ts, TRAINING_NUM_STEPS))
+    rmse = np.sqrt(np.mean((curves[::30] - pelts.log) ** 2, axis=0))
+    plot_fit(pelts, ts, curves, arguments.out / "lynx_hare_fit.png")
     plot_memory(num_steps, table, arguments.out / "lynx_hare_memory.png")
     print(
         f"Loss {loss:.4f}, RMSE in log pelts: hare {rmse[0]:.3f}, lynx {rmse[1]:.3f}; "
