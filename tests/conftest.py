@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import helpers
 import jax
 import pytest
@@ -44,6 +46,14 @@ def pytest_configure(config):
         report_multiple_bugs=False,
         suppress_health_check=[HealthCheck.too_slow],
     )
+
+
+def pytest_runtest_teardown(item):
+    # Every compiled program maps memory, of which Linux lets a process have some 65,000
+    # pieces: beyond, a run of hundreds of tests dies in the compiler.
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_text().count("\n") > 30_000:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -158,7 +158,9 @@ def test_dense_output_of_one_solve_drives_another():
     def run(adjoint, p):
         driver = solve(adjoint, p["y0"], p["args"], saveat=SAVED["alone"], **PID)
         field = lambda t, y, args: jnp.sin(driver.evaluate(t)) * y
-        control = dfx.ControlTerm(lambda t, y, args: jnp.eye(3), Lane(driver))
+        control = dfx.ControlTerm(
+            lambda t, y, args: jnp.stack([jnp.eye(3)] * 2), Lane(driver)
+        )
         terms = dfx.MultiTerm(dfx.ODETerm(field), control)
         return solve(adjoint, p["y0"], p["args"], terms=terms, dt0=0.05).ys
 
@@ -229,12 +231,10 @@ def test_a_solve_that_ran_out_of_steps_is_evaluated_as_far_as_it_went():
     def run(adjoint, p):
         limit = dict(max_steps=17, throw=False, saveat=SAVED["alone"])
         solution = solve(adjoint, p["y0"], p["args"], **limit)
-        return solution.evaluate(p["t"]), solution.evaluate(0.5)
+        return solution.evaluate(p["t"])
 
     agree(run, PARAMETERS | dict(t=jnp.array(0.3)))
-    (_, (_, beyond)), _ = value_and_gradient(
-        OURS, run, PARAMETERS | dict(t=jnp.array(0.3))
-    )
+    beyond = run(OURS, PARAMETERS | dict(t=jnp.array(0.5)))
     assert jnp.isnan(beyond).all()
 
 

@@ -37,7 +37,7 @@ from ._certificate import Scale
 from ._clock import Clock
 from ._control import Half, Time, halves_of, of_step
 from ._coupling import Index, Pair
-from ._isolation import Evaluation
+from ._isolation import Evaluation, run_time_true
 from ._observe import add_trees, zeros_like_inexact
 from ._one_lane import Lane, only_where, sum_over_lanes
 from ._pair import half_of, through_halves, undo_step
@@ -327,7 +327,10 @@ def walk_back(
         return carry, progress_meter.step(state, lax.stop_gradient(1 - left))
 
     some_left = lambda c: jnp.any(c[0].num_steps > 0)
-    carry, state = lax.while_loop(some_left, undo, (carry, progress_meter.init()))
+    # Not before the way forward is over, which a meter's own start does not depend on.
+    init = lambda: progress_meter.init()
+    state = lax.cond(run_time_true(carry.num_steps), init, init)
+    carry, state = lax.while_loop(some_left, undo, (carry, state))
     progress_meter.close(state)
     return carry
 

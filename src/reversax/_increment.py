@@ -56,7 +56,8 @@ class Core(NamedTuple):
     increment: State
     rest: PyTree[Any]
     """What was met on the way: stages, or whatever a solver returned."""
-    result: dfx.RESULTS
+    result: dfx.RESULTS | None
+    """`None` if it is known beforehand to be successful."""
 
 
 class AbstractIncrement(eqx.Module):
@@ -207,7 +208,7 @@ class TableauIncrement(AbstractIncrement):
         needed = self.tableau.stages_behind(self.tableau.b)
         self._add_stages(ks, needed, half, y)
         increment = _weighted_sum(self.tableau.b, ks)  # (RK3)
-        return Core(increment, ks if extends else {}, dfx.RESULTS.successful)
+        return Core(increment, ks if extends else {}, None)
 
     def extend(
         self, half: Half, y: State, core: Core, *, error: bool, dense: bool
@@ -287,6 +288,7 @@ def make_increment(
         y1, estimate, dense_info, _, result = solver.step(
             known, t0, t1, y, args, solver_state, False
         )
-        return y1, estimate, dense_info, result
+        known_result = None if result is dfx.RESULTS.successful else result
+        return y1, estimate, dense_info, known_result
 
     return StepIncrement(contr=lambda t0, t1: controls_of(terms, t0, t1), step=step)

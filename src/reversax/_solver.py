@@ -100,8 +100,8 @@ def pair_step(
         ahead.increment,
         advance.dense_info,
     )
-    if ahead.result is dfx.RESULTS.successful:
-        result = behind.result  # Stays known at trace time wherever it is.
+    if ahead.result is None or behind.result is None:
+        result = dfx.RESULTS.successful
     else:
         result = dfx.RESULTS.where(
             dfx.is_okay(ahead.result), behind.result, ahead.result
