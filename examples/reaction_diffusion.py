@@ -1,0 +1,502 @@
+"""Learns the coefficients of a reaction-diffusion equation from noisy pictures of it.
+
+Gray and Scott's equation, in which spots feed on what surrounds them and multiply,
+
+    du/dt = D_u Δu - u v² + F (1 - u)
+    dv/dt = D_v Δv + u v² - (F + k) v,
+
+on a periodic square of 256 by 256 points of spacing `dx = 1`, with Δ by nine points.
+A camera sees `v` only, at four times, with noise. From that the script learns all four
+coefficients (their logarithms, by gradient descent through 1,024 steps), and then asks
+for one gradient through 4,096 steps. A state has half a megabyte, so to store each of
+them takes gigabytes; `reversax.ReversibleAdjoint` needs some thirty megabytes, and has
+the same gradient.
+
+The data are made otherwise than they are fitted: on a grid twice as fine, by Tsit5. So
+the model is a little wrong even at the true coefficients, as models are.
+
+**Is it stable?** Diffusion damps, and the symmetric coupling is stable only where the
+step times the fastest damping is below `ln(2)/halve_every`, by default 0.173. Waves of
+one point's length are damped fastest: at the rate `16/3 D/dx²` by nine points, (`8
+D/dx²` by the usual five), here 0.85 for u; the reaction adds some 0.1. With `h = 1/8`
+the product is 0.12. The published coupling has 0.001 instead, and fails.
+
+**Is it worth it?** Above all in memory. The table compares with checkpointing at the
+same accuracy: symmetric Euler is of second order and has Heun's cost and error. But
+Heun's method alone remains stable, and checkpoints well, at steps eight times longer,
+which is the last row: where its error suffices, it is much the fastest.
+
+    python examples/reaction_diffusion.py            # five minutes on two cores
+    python examples/reaction_diffusion.py --quick    # small, hardly trained
+
+The packages it needs come with the extra `examples`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from common import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    Measured,
+    label,
+    measure,
+    parse_arguments,
+    show_measured,
+    temporary_bytes,
+    train,
+)
+from jaxtyping import Array, Float
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+import reversax
+
+NAMES = ("D_u", "D_v", "F", "k")
+TRUE = np.array([0.16, 0.08, 0.04, 0.06])  # Spots that grow to rings.
+GUESS = np.array([0.12, 0.1, 0.03, 0.07])
+LOG_RANGE = np.log(1.6)  # How far from its guess a coefficient may be.
+CLOUD = 2.5  # The radius of a cloud at the start, in dx.
+NOISE = 0.02  # The standard deviation of an observation.
+STEP = 1 / 8
+# In single precision, of four sums over all points and thousands of steps.
+GRADIENT_BOUND = 1e-3
+
+EULER = diffrax.Euler()
+HEUN = diffrax.Heun()
+REVERSIBLE = reversax.Reversible(EULER)
+PUBLISHED = reversax.Reversible(
+    EULER, reversax.McCallumFoster(), reversax.FloatingPoint()
+)
+REVERSED = reversax.ReversibleAdjoint()
+CHECKPOINTED = diffrax.RecursiveCheckpointAdjoint()
+
+Field = Float[Array, "2 n n"]
+"""Both concentrations, u and v."""
+
+
+class Setting(NamedTuple):
+    size: int
+    short: tuple[float, ...]
+    """When the pictures are taken that the first three quarters of training use."""
+    long: tuple[float, ...]
+    """The same for the last quarter."""
+    held_out: tuple[float, ...]
+    """When predictions are scored; and when the full gradient looks at the state."""
+    num_steps: tuple[int, ...]
+    """Where the memory is measured."""
+
+    @property
+    def full_num_steps(self) -> int:
+        return round(self.held_out[-1] / STEP)
+
+
+FULL = Setting(
+    256,
+    (8.0, 16.0, 24.0, 32.0),
+    (32.0, 64.0, 96.0, 128.0),
+    (128.0, 256.0, 384.0, 512.0),
+    (64, 256, 1024, 4096, 16384),
+)
+QUICK = Setting(64, (2.0, 4.0), (4.0, 8.0), (8.0, 16.0), (64, 128))
+
+
+def laplacian(y: Field) -> Field:
+    """By the compact nine points, whose error has no preferred direction."""
+    wide = jnp.pad(y, ((0, 0), (1, 1), (1, 1)), mode="wrap")
+    sides = wide[:, :, :-2] + wide[:, :, 2:]
+    middle = wide[:, :, 1:-1]
+    corners = sides[:, :-2] + sides[:, 2:]
+    edges = sides[:, 1:-1] + middle[:, :-2] + middle[:, 2:]
+    return (corners + 4 * edges - 20 * middle[:, 1:-1]) / 6
+
+
+class GrayScott(eqx.Module):
+    free: Float[Array, "4"]
+    """The logarithms of coefficients over guesses, stretched from an interval to all
+    numbers: so nowhere on its way may a search leave the interval, where the solver is
+    stable."""
+
+    @property
+    def coefficients(self) -> Float[Array, "4"]:
+        return jnp.asarray(GUESS) * jnp.exp(LOG_RANGE * jnp.tanh(self.free))
+
+    def __call__(self, t, y: Field, args) -> Field:
+        diffusion_u, diffusion_v, feed, kill = self.coefficients
+        u, v = y
+        spread_u, spread_v = laplacian(y)
+        reaction = u * v**2
+        du = diffusion_u * spread_u - reaction + feed * (1 - u)
+        dv = diffusion_v * spread_v + reaction - (feed + kill) * v
+        return jnp.stack([du, dv])
+
+
+def model_of(coefficients: np.ndarray) -> GrayScott:
+    free = np.arctanh(np.log(coefficients / GUESS) / LOG_RANGE)
+    return GrayScott(jnp.asarray(free, jnp.float32))
+
+
+def initial_state(size: int, seed: int) -> Field:
+    """Smooth random clouds of both, u between 0.4 and 1, v between 0 and 0.4."""
+    noise = np.random.default_rng(seed).standard_normal((2, size, size))
+    wave = 2 * np.pi * np.fft.fftfreq(size)
+    blur = np.exp(-(CLOUD**2) / 2 * (wave[:, None] ** 2 + wave**2))
+    clouds = np.fft.ifft2(np.fft.fft2(noise) * blur).real
+    u, v = 1 / (1 + np.exp(-2 * clouds / clouds.std()))
+    return jnp.asarray(np.stack([0.4 + 0.6 * u, 0.4 * v]), jnp.float32)
+
+
+def solve(
+    model: GrayScott,
+    y0: Field,
+    times: Sequence[float],
+    solver: diffrax.AbstractSolver = REVERSIBLE,
+    adjoint: diffrax.AbstractAdjoint = REVERSED,
+    step: float = STEP,
+) -> Float[Array, "times 2 n n"]:
+    """The states at `times`; infinite ones if it fails."""
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(model),
+        solver,
+        t0=0.0,
+        t1=times[-1],
+        dt0=step,
+        y0=y0,
+        saveat=diffrax.SaveAt(ts=jnp.asarray(times, jnp.float32)),
+        adjoint=adjoint,
+        max_steps=round(times[-1] / step),
+    )
+    assert solution.ys is not None
+    return solution.ys
+
+
+class Data(NamedTuple):
+    y0: Field
+    exact: Float[np.ndarray, "times 2 n n"]
+    seen: Float[np.ndarray, "times 2 n n"]
+    """With noise."""
+
+
+def make_data(size: int, times: Sequence[float], seed: int) -> Data:
+    """Pictures of v, by another solver."""
+    y0 = initial_state(size, seed)
+    run = eqx.filter_jit(solve)
+    ys = run(model_of(TRUE), y0, times, diffrax.Tsit5(), CHECKPOINTED, 0.25)
+    exact = np.asarray(ys)
+    noise = NOISE * np.random.default_rng(seed + 1).standard_normal(exact.shape)
+    return Data(y0, exact, (exact + noise).astype(np.float32))
+
+
+def loss_fn(model, y0, seen, times: Sequence[float], *how) -> Float[Array, ""]:
+    """The mean squared error of v, in units of the noise; `how`: see `solve`."""
+    error = solve(model, y0, times, *how) - seen
+    return jnp.mean((error / NOISE) ** 2)
+
+
+def fit(
+    model: GrayScott,
+    data: Data,
+    times: Sequence[float],
+    steps: int,
+    console: Console,
+) -> tuple[GrayScott, list[Float[np.ndarray, "4"]]]:
+    """The model, and its coefficients after each step of L-BFGS."""
+    search = optax.scale_by_zoom_linesearch(max_linesearch_steps=6)
+    optimiser = optax.lbfgs(linesearch=search)
+    loss_of = lambda model: loss_fn(model, data.y0, data.seen, times)
+    value_and_grad = optax.value_and_grad_from_state(loss_of)
+
+    @jax.jit
+    def update(state):
+        model, optimiser_state = state
+        loss, grads = value_and_grad(model, state=optimiser_state)
+        updates, optimiser_state = optimiser.update(
+            grads, optimiser_state, model, value=loss, grad=grads, value_fn=loss_of
+        )
+        return (eqx.apply_updates(model, updates), optimiser_state), loss
+
+    path = []
+
+    def update_and_note(state, step):
+        state, loss = update(state)
+        path.append(np.asarray(state[0].coefficients))
+        return state, loss
+
+    state = model, optimiser.init(model)
+    name = f"Training through {times[-1] / STEP:.0f} steps"
+    (model, _), _ = train(update_and_note, state, steps, console, name)
+    return model, path
+
+
+def fit_in_stages(
+    data: dict[str, Data], setting: Setting, steps: int, console: Console
+) -> tuple[GrayScott, Float[np.ndarray, "steps+1 4"]]:
+    model = model_of(GUESS)
+    path = [GUESS]
+    last = max(steps // 4, 1)
+    for name, few in (("short", steps - last), ("long", last)):
+        times = getattr(setting, name)
+        model, more = fit(model, data[name], times, few, console)
+        path += more
+    return model, np.stack(path)
+
+
+def relative_error(got: np.ndarray, exact: np.ndarray) -> float:
+    """Of v, the second field, beside how much it varies."""
+    difference = got[..., 1, :, :] - exact[..., 1, :, :]
+    return float(np.sqrt(np.mean(difference**2)) / exact[..., 1, :, :].std())
+
+
+def predict(model: GrayScott, data: Data, setting: Setting) -> np.ndarray:
+    return np.asarray(eqx.filter_jit(solve)(model, data.y0, setting.held_out))
+
+
+class Way(NamedTuple):
+    """A way to the gradient."""
+
+    solver: diffrax.AbstractSolver
+    adjoint: diffrax.AbstractAdjoint
+    step: float = STEP
+
+
+OURS = "reversible Euler, reversed"
+SAME = "reversible Euler, checkpointed"
+PLAIN = "Heun, checkpointed"
+LONG = "Heun, checkpointed, long steps"
+WAYS = {
+    OURS: Way(REVERSIBLE, REVERSED),
+    SAME: Way(REVERSIBLE, CHECKPOINTED),
+    PLAIN: Way(HEUN, CHECKPOINTED),
+    LONG: Way(HEUN, CHECKPOINTED, 8 * STEP),
+}
+
+
+def compare_ways(
+    model: GrayScott, data: Data, setting: Setting, console: Console
+) -> dict[str, Measured]:
+    """Measures full gradients, checks ours, and prints the table.
+
+    The errors of the solvers are those of the last state at the true coefficients,
+    beside the data's solver.
+    """
+
+    def gradient_by(way: Way):
+        loss = lambda model, y0, seen: loss_fn(model, y0, seen, setting.held_out, *way)
+        return jax.value_and_grad(loss)
+
+    ways = {name: gradient_by(way) for name, way in WAYS.items()}
+    with console.status("Measuring gradients through the full time"):
+        measured = measure(ways, model, data.y0, data.seen, repeats=1)
+        run = eqx.filter_jit(solve)
+        last = {
+            name: np.asarray(run(model_of(TRUE), data.y0, setting.held_out, *way))[-1]
+            for name, way in WAYS.items()
+        }
+    ours, same = (measured[name].gradient.free for name in (OURS, SAME))
+    difference = float(jnp.linalg.norm(ours - same) / jnp.linalg.norm(same))
+    print(
+        f"Gradient check at {setting.full_num_steps} steps: relative difference "
+        f"{difference:.1e} (bound {GRADIENT_BOUND:.0e})"
+    )
+    if not difference <= GRADIENT_BOUND:
+        raise RuntimeError("The two gradients of the same solver differ.")
+    show_measured(
+        f"A gradient until t = {setting.held_out[-1]:.0f}",
+        measured,
+        console,
+        step={name: f"{way.step:g}" for name, way in WAYS.items()},
+        error={
+            name: f"{relative_error(last[name], data.exact[-1]):.1e}" for name in WAYS
+        },
+    )
+    return measured
+
+
+def try_published(data: Data, setting: Setting) -> None:
+    """Prints what the published coupling does here, and what the symmetric one."""
+    term, few = diffrax.ODETerm(model_of(TRUE)), 32
+    args = 0.0, few * STEP, STEP, data.y0
+    for name, solver in (("published", PUBLISHED), ("symmetric", REVERSIBLE)):
+        undone = reversax.round_trip_error(term, solver, *args, max_steps=few)
+        twins = np.stack([undone.error.y, undone.error.z])
+        error = float(np.abs(twins).max())
+        solution = diffrax.diffeqsolve(
+            term,
+            solver,
+            0.0,
+            setting.held_out[-1],
+            STEP,
+            data.y0,
+            saveat=diffrax.SaveAt(steps=True, fn=lambda t, y, args: jnp.abs(y).max()),
+            max_steps=setting.full_num_steps,
+            throw=False,
+        )
+        sizes = np.asarray(solution.ys)
+        lost = np.flatnonzero(~(sizes < 10))  # Of concentrations between 0 and 1.
+        fate = (
+            f"above 10 or not a number from step {lost[0] + 1}"
+            if lost.size
+            else (f"below {sizes.max():.2f}")
+        )
+        print(
+            f"{name.capitalize()} coupling: undoing {few} steps misses the initial "
+            f"state by up to {error:.1e}; the state in {setting.full_num_steps} steps "
+            f"is {fate}"
+        )
+
+
+def measure_memory(
+    data: Data, setting: Setting, console: Console
+) -> dict[str, list[int]]:
+    """Compiled temporary bytes for each number of steps; nothing is run."""
+
+    def compiled_bytes(way: Way, num_steps: int) -> int:
+        times = (num_steps * STEP / 2, num_steps * STEP)
+        loss = lambda model, y0: loss_fn(model, y0, data.seen[:2], times, *way)
+        program = jax.jit(jax.grad(loss)).lower(model_of(TRUE), data.y0)
+        return temporary_bytes(program.compile())
+
+    table = Table(title="Temporary memory of the compiled gradient, bytes")
+    table.add_column("steps", justify="right")
+    for name in MEMORY_STYLES:
+        table.add_column(name, justify="right")
+    columns = {name: [] for name in MEMORY_STYLES}
+    with console.status("Compiling gradients"):
+        for n in setting.num_steps:
+            store = diffrax.RecursiveCheckpointAdjoint(checkpoints=n)
+            ways = WAYS[OURS], WAYS[PLAIN], Way(HEUN, store)
+            row = [compiled_bytes(way, n) for way in ways]
+            table.add_row(str(n), *(f"{entry:,}" for entry in row))
+            for column, entry in zip(columns.values(), row, strict=True):
+                column.append(entry)
+    console.print(table)
+    return columns
+
+
+MEMORY_STYLES = {
+    "reversed (reversible Euler)": ("o-", ORANGE),
+    "checkpointed (Heun)": ("^--", BLUE),
+    "every step stored (Heun)": ("s:", GREEN),
+}
+
+
+def plot_fields(
+    exact: np.ndarray, got: np.ndarray, path_of_fit: np.ndarray, time: float, path: Path
+) -> None:
+    figure = Figure(figsize=(11, 8.5), layout="constrained")
+    panels = figure.subplot_mosaic(
+        [["true", "learned", "difference"], ["path"] * 3], height_ratios=(1.3, 1)
+    )
+    axes = panels["true"], panels["learned"], panels["difference"]
+    titles = "true", "learned", "learned - true, 10 times"
+    fields = exact[1], got[1], 10 * (got[1] - exact[1])
+    limit = float(exact[1].max())
+    for one, title, field in zip(axes, titles, fields, strict=True):
+        signed = title.startswith("learned -")
+        image = one.imshow(
+            field,
+            cmap="RdBu_r" if signed else "viridis",
+            vmin=-limit if signed else 0,
+            vmax=limit,
+            origin="lower",
+        )
+        one.set_title(f"v, {title}", fontsize=12)
+        one.set_xlabel("x / dx", fontsize=11)
+        figure.colorbar(image, ax=one, location="bottom", shrink=0.9)
+    axes[0].set_ylabel("y / dx", fontsize=11)
+    figure.suptitle(f"Concentration at t = {time:.0f}, held out", fontsize=13)
+    axes = panels["path"]
+    for i, (name, colour) in enumerate(
+        zip(NAMES, (BLUE, GREEN, ORANGE, GREY), strict=True)
+    ):
+        axes.plot(100 * (path_of_fit[:, i] / TRUE[i] - 1), color=colour, label=name)
+    axes.set_yscale("symlog", linthresh=1)
+    axes.axhline(0, color="black", linewidth=0.8)
+    label(axes, "step of training", "error of coefficient (%)")
+    figure.savefig(path, dpi=130)
+
+
+def plot_memory(
+    num_steps: Sequence[int], columns: dict[str, list[int]], path: Path
+) -> None:
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.subplots()
+    for name, (style, colour) in MEMORY_STYLES.items():
+        column = np.array(columns[name]) / 1e6
+        axes.plot(num_steps, column, style, color=colour, label=name)
+        text = (
+            f"{column[-1] / 1e3:.1f} GB"
+            if column[-1] > 1e3
+            else (f"{column[-1]:.0f} MB")
+        )
+        axes.annotate(
+            text,
+            (num_steps[-1], column[-1]),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(num_steps, [f"{n:,}" for n in num_steps])
+    axes.margins(x=0.12)
+    label(axes, "number of steps", "temporary memory (MB)")
+    axes.set_title("Memory of the compiled gradient of a reaction-diffusion equation")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    arguments = parse_arguments(
+        "Learn a reaction-diffusion equation's coefficients.",
+        steps=44,
+        quick="four steps of training on a small grid instead",
+    )
+    console = Console()
+    setting, steps = FULL, arguments.steps
+    if arguments.quick:
+        setting, steps = QUICK, 4
+    kinds = ("short", "long", "held_out")
+    data = {k: make_data(setting.size, getattr(setting, k), seed=0) for k in kinds}
+    other = make_data(setting.size, setting.held_out, seed=1)
+
+    model, path = fit_in_stages(data, setting, steps, console)
+    later, elsewhere = (
+        predict(model, these, setting) for these in (data["held_out"], other)
+    )
+    try_published(data["held_out"], setting)
+    measured = compare_ways(model, data["held_out"], setting, console)
+    columns = measure_memory(data["held_out"], setting, console)
+    stored = columns["every step stored (Heun)"]
+    gigabytes = stored[setting.num_steps.index(setting.full_num_steps)] / 1e9
+
+    exact = data["held_out"].exact
+    time = setting.held_out[-1]
+    out = arguments.out
+    plot_fields(exact[-1], later[-1], path, time, out / "reaction_diffusion_fields.png")
+    plot_memory(setting.num_steps, columns, out / "reaction_diffusion_memory.png")
+    errors = 100 * (path[-1] / TRUE - 1)
+    listed = ", ".join(f"{n} {e:+.2f} %" for n, e in zip(NAMES, errors, strict=True))
+    print(f"Errors of coefficients: {listed}; figures in {out}")
+    print(
+        f"Coefficients: worst error {np.abs(errors).max():.2f} %; held-out error "
+        f"{relative_error(later[-1], exact[-1]):.4f} at t = {time:.0f}, "
+        f"{relative_error(elsewhere[-1], other.exact[-1]):.4f} from another start; "
+        f"full gradient of {setting.full_num_steps} steps: reversed "
+        f"{measured[OURS].bytes / 1e6:.1f} MB, checkpointed "
+        f"{measured[PLAIN].bytes / 1e6:.1f} MB, stored {gigabytes:.3f} GB"
+    )
+
+
+if __name__ == "__main__":
+    main()
