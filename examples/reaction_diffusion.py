@@ -20,10 +20,11 @@ only compiled, not run.
 step times the fastest damping is below `ln(2)/halve_every`, by default 0.173. Waves of
 two points' length are damped fastest: at the rate `16/3 D/dx²` by nine points (and `8
 D/dx²` by the usual five, for which `h * 8 D_u/dx²` would be 0.160 at our `h = 1/8`, too
-near). Here `h * 16/3 D_u/dx²` is 0.107. The reaction adds to it most where v peaks, to
-0.147 in all along this solution. The search keeps each coefficient within a factor of
-1.6 of its guess; with the largest D_u and D_v that allows, it is 0.163. The published
-coupling has 0.001 instead, and fails; the script shows it.
+near). Here `h * 16/3 D_u/dx²` is 0.107. The reaction adds to it most where v peaks: by
+an estimate with frozen coefficients, to 0.147 along this solution, and to 0.163 with
+the largest D_u and D_v that the search may try (it keeps each coefficient within a
+factor of 1.6 of its guess). The published coupling has 0.001 instead, and fails; the
+script shows it.
 
 **Is it worth it?** The table has the errors of the solvers beside the gradients' time
 and memory. Reversible Euler is of second order and has the cost and the error of Heun's

@@ -124,8 +124,9 @@ def agree(run, at, bound=1e-11):
     beside, and the direct gradient.
 
     Measured: as a rule 2e-13; up to 4e-12 where steps are cut to end at given times,
-    since a derivative in the ends of a short step divides by its length. (A gradient that is small beside the others, such as that in
-    `dt0` of a controller that soon forgets it, is what remains of larger terms.)"""
+    since a derivative in the ends of a short step divides by its length. (A gradient
+    that is small beside the others, such as that in `dt0` of a controller that soon
+    forgets it, is what remains of larger terms.)"""
     (value, beside), ours = value_and_gradient(lambda p: run(OURS, p), at)
     (expected, expected_beside), direct = value_and_gradient(
         lambda p: run(DIRECT, p), at
