@@ -329,7 +329,7 @@ def walk_back(
     some_left = lambda c: jnp.any(c[0].num_steps > 0)
     # Not before the way forward is over, which a meter's own start does not depend on.
     init = lambda: progress_meter.init()
-    state = lax.cond(run_time_true(carry.num_steps), init, init)
+    state = lax.cond(run_time_true(jnp.asarray(carry.num_steps)), init, init)
     carry, state = lax.while_loop(some_left, undo, (carry, state))
     progress_meter.close(state)
     return carry
