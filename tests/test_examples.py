@@ -56,6 +56,15 @@ def test_reaction_diffusion_undoes_a_damped_equation_to_the_bit(tmp_path):
     assert_shows_something(tmp_path / "reaction_diffusion_memory.png")
 
 
+def test_power_demand_checks_its_gradient_and_scores_its_days_against_others(tmp_path):
+    printed = run_quickly("power_demand.py", tmp_path)
+    assert_gradients_agree(printed, 1e-4)  # In single precision; measured 2e-6.
+    scores = r"^Held-out energy distance: neural SDE.*Ornstein-Uhlenbeck.*AR\("
+    assert re.search(scores, printed, re.MULTILINE)
+    assert_shows_something(tmp_path / "power_demand_days.png")
+    assert_shows_something(tmp_path / "power_demand_memory.png")
+
+
 def test_lynx_hare_data_are_positive_pelts_of_both_species_for_1900_to_1920():
     with (EXAMPLES / "data" / "lynx_hare.csv").open() as file:
         rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
