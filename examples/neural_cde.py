@@ -18,47 +18,49 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 import reversax
 
 NUM_SPEAKERS = 9
-HIDDEN = 24
-WIDTH = 48
+HIDDEN, WIDTH = 32, 64
+SCALE = 0.1  # Of the field: keeps steps from one frame to the next short enough.
+NOISE = 0.8  # Added to every coefficient in training, in standard deviations of it.
 
-REVERSIBLE = reversax.Reversible(diffrax.Euler())
+REVERSIBLE = reversax.Reversible(diffrax.Euler())  # Of second order.
 REVERSED = reversax.ReversibleAdjoint()
 CHECKPOINTED = diffrax.RecursiveCheckpointAdjoint()
+AT_THE_END = diffrax.SaveAt(t1=True)
 
 
 class Utterances(NamedTuple):
-    values: Float[np.ndarray, "series times channels"]
+    values: Float[np.ndarray, "series frames channels"]
     """Time, and the twelve coefficients."""
     speakers: Int[np.ndarray, " series"]
     """From zero."""
     lengths: Int[np.ndarray, " series"]
-    """How many of the times were observed. After them the last values repeat."""
+    """How many frames were observed. After them the last one repeats."""
 
-    def pick(self, which: np.ndarray) -> "Utterances":
-        return Utterances(*(x[which] for x in self))
+
+def prepare(
+    series: list[np.ndarray], speakers: np.ndarray, units: tuple, num_frames: int
+) -> Utterances:
+    """`units`: what to subtract from each coefficient, and what to divide it by."""
+    rows = []
+    for coefficients in series:
+        # Where nothing changes any more, time included, the model stands still.
+        frame = np.minimum(np.arange(num_frames), coefficients.shape[1] - 1)
+        values = (coefficients.T[frame] - units[0]) / units[1]
+        rows.append(np.column_stack([frame / num_frames, values]))
+    return Utterances(
+        np.stack(rows).astype(np.float32),
+        np.array([int(s) - 1 for s in speakers]),
+        np.array([coefficients.shape[1] for coefficients in series]),
+    )
 
 
 def load_utterances() -> tuple[Utterances, Utterances]:
-    """Those to train with and those to test with, in the same units."""
-    raw, test_raw = (load_japanese_vowels(split=s)[:2] for s in ("train", "test"))
-    frames = np.concatenate(raw[0], axis=1)
-    mean, deviation = frames.mean(axis=1), frames.std(axis=1)
-    num_times = max(x.shape[1] for x in (*raw[0], *test_raw[0]))
-
-    def prepare(series, speakers) -> Utterances:
-        rows = []
-        for x in series:
-            # Where nothing changes any more, time included, the model stands still.
-            frame = np.minimum(np.arange(num_times), x.shape[1] - 1)
-            values = (x.T[frame] - mean) / deviation
-            rows.append(np.column_stack([frame / num_times, values]))
-        return Utterances(
-            np.stack(rows).astype(np.float32),
-            np.array([int(s) - 1 for s in speakers]),
-            np.array([x.shape[1] for x in series]),
-        )
-
-    return prepare(*raw), prepare(*test_raw)
+    """Those to train with and those to test with, in units of the former."""
+    training, test = (load_japanese_vowels(split=s)[:2] for s in ("train", "test"))
+    frames = np.concatenate(training[0], axis=1)
+    units = frames.mean(axis=1), frames.std(axis=1)
+    num_frames = max(x.shape[1] for x in (*training[0], *test[0]))
+    return prepare(*training, units, num_frames), prepare(*test, units, num_frames)
 
 
 class NeuralCDE(eqx.Module):
@@ -67,64 +69,86 @@ class NeuralCDE(eqx.Module):
     initial: eqx.nn.Linear
     network: eqx.nn.MLP
     readout: eqx.nn.Linear
-    scale: float = eqx.field(static=True)
 
-    def __init__(self, channels: int, *, key: PRNGKeyArray, hidden=HIDDEN, width=WIDTH, scale=0.1):
+    def __init__(self, channels: int, *, key: PRNGKeyArray):
         keys = jax.random.split(key, 3)
-        self.initial = eqx.nn.Linear(channels, hidden, key=keys[0])
+        self.initial = eqx.nn.Linear(channels, HIDDEN, key=keys[0])
         self.network = eqx.nn.MLP(
-            hidden,
-            hidden * channels,
-            width,
+            HIDDEN,
+            HIDDEN * channels,
+            WIDTH,
             depth=1,
             activation=jnp.tanh,
             final_activation=jnp.tanh,
             key=keys[1],
         )
-        self.readout = eqx.nn.Linear(hidden, NUM_SPEAKERS, key=keys[2])
-        self.scale = scale
+        self.readout = eqx.nn.Linear(HIDDEN, NUM_SPEAKERS, key=keys[2])
 
-    def field(self, t, y: Float[Array, "series hidden"], args):
-        """What the increments of the control are multiplied by, a matrix for each
-        series."""
+    def field(
+        self, t, y: Float[Array, "series hidden"], args
+    ) -> lineax.FunctionLinearOperator:
+        """A matrix for each series, which increments of its control are multiplied by.
+
+        With `jax.vmap` over whole solves instead, one could return the matrix itself.
+        """
         channels = self.initial.in_features
-        matrices = self.scale * jax.vmap(self.network)(y)
-        matrices = matrices.reshape(*y.shape, channels)
+        matrices = SCALE * jax.vmap(self.network)(y).reshape(*y.shape, channels)
         product = lambda dx: jnp.einsum("shc,sc->sh", matrices, dx)
-        like = jax.ShapeDtypeStruct((len(y), channels), y.dtype)
-        return lineax.FunctionLinearOperator(product, like)
+        increment = jax.ShapeDtypeStruct((len(y), channels), y.dtype)
+        return lineax.FunctionLinearOperator(product, increment)
 
 
-def solve(model, values, steps_each=1, solver=REVERSIBLE, adjoint=REVERSED, saveat=diffrax.SaveAt(t1=True)):
-    by_time = jnp.swapaxes(jnp.asarray(values), 0, 1)
-    num_intervals = len(by_time) - 1
-    ts = jnp.arange(num_intervals + 1, dtype=by_time.dtype)
-    control = diffrax.LinearInterpolation(ts, by_time)
+def solve(
+    model: NeuralCDE,
+    values: Float[Array, "series frames channels"],
+    steps_a_frame: int = 1,
+    solver: diffrax.AbstractSolver = REVERSIBLE,
+    adjoint: diffrax.AbstractAdjoint = REVERSED,
+    saveat: diffrax.SaveAt = AT_THE_END,
+) -> Float[Array, "times series speakers"]:
+    """The scores of the speakers: logarithms of probabilities, up to a constant."""
+    by_frame = jnp.swapaxes(jnp.asarray(values), 0, 1)
+    last = len(by_frame) - 1
+    ts = jnp.arange(last + 1, dtype=by_frame.dtype)
+    # Over each step `ControlTerm` takes the exact increment of the control. Steps end
+    # at its kinks, where that of a straight line is all there is to know.
+    control = diffrax.LinearInterpolation(ts, by_frame)
     solution = diffrax.diffeqsolve(
         diffrax.ControlTerm(model.field, control),
         solver,
         t0=0.0,
-        t1=float(num_intervals),
-        dt0=1 / steps_each,
-        y0=jax.vmap(model.initial)(by_time[0]),
+        t1=float(last),
+        dt0=1 / steps_a_frame,
+        y0=jax.vmap(model.initial)(by_frame[0]),
         saveat=saveat,
         adjoint=adjoint,
-        max_steps=num_intervals * steps_each,
+        max_steps=last * steps_a_frame,
     )
     assert solution.ys is not None
     return jax.vmap(jax.vmap(model.readout))(solution.ys)
 
-def solve_vmap(model, values, steps_each=1, solver=REVERSIBLE, adjoint=REVERSED):
-    def one(x):
-        n = len(x) - 1
-        ts = jnp.arange(n + 1, dtype=x.dtype)
-        control = diffrax.LinearInterpolation(ts, x)
-        f = lambda t, y, args: model.scale*model.network(y).reshape(y.shape[0], -1)
-        sol = diffrax.diffeqsolve(diffrax.ControlTerm(f, control), solver, 0.0, float(n), 1/steps_each,
-            model.initial(x[0]), adjoint=adjoint, max_steps=n*steps_each)
-        return model.readout(sol.ys[0])
-    return jax.vmap(one)(jnp.asarray(values))[None]
 
-def loss_fn(model, values, speakers, *how, run=solve):
-    scores = run(model, values, *how)[-1]
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores, speakers))
+def with_noise(
+    values: Float[Array, "series frames channels"],
+    lengths: Int[Array, " series"],
+    key: PRNGKeyArray,
+) -> Float[Array, "series frames channels"]:
+    """Training data with noise on each observed coefficient, repeated with it."""
+    num_series, num_frames, channels = values.shape
+    shape = num_series, num_frames, channels - 1
+    frame = jnp.minimum(jnp.arange(num_frames), lengths[:, None] - 1)
+    noise = NOISE * jax.random.normal(key, shape)
+    noise = jnp.take_along_axis(noise, frame[..., None], axis=1)
+    return values.at[..., 1:].add(noise)
+
+
+def loss_fn(
+    model: NeuralCDE,
+    values: Float[Array, "series frames channels"],
+    speakers: Int[Array, " series"],
+    *how,
+) -> Float[Array, ""]:
+    """The mean cross-entropy; `how`: see `solve`."""
+    scores = solve(model, values, *how)[-1]
+    entropy = optax.softmax_cross_entropy_with_integer_labels(scores, speakers)
+    return jnp.mean(entropy)
