@@ -19,7 +19,6 @@ HEAVY = pytest.mark.heavy
 OURS, DIRECT = rvx.ReversibleAdjoint(), dfx.RecursiveCheckpointAdjoint()
 HIDDEN, CHANNELS, OBSERVATIONS = 3, 2, 7
 TS = nonuniform(0.0, 1.0, OBSERVATIONS)
-EXACT_TO = 1e-4
 PARTS = ("network", "y0", "observations")
 
 
@@ -204,10 +203,12 @@ def test_missing_observations_have_no_gradient_and_the_others_the_direct_one(fil
     "control", ["linear", pytest.param("cubic-as-ode", marks=HEAVY)]
 )
 def test_a_linear_equation_has_the_exact_solution_and_gradient(control):
-    """`dy = y dX` ends at `y0 exp(X1 - X0)`. To what steps of second order leave."""
+    """`dy = y dX` ends at `y0 exp(X1 - X0)`. To three times what 1,536 steps of second
+    order leave: 4e-6 was measured with the linear control, 2e-5 with the cubic one."""
+    bound = 1.5e-5 if control == "linear" else 6e-5
     values = 0.3 * observations((OBSERVATIONS, 1))
     finer = jnp.interp(
-        jnp.arange(0, OBSERVATIONS - 1 + 1e-9, 1 / 64), jnp.arange(7), TS
+        jnp.arange(0, OBSERVATIONS - 1 + 1e-9, 1 / 256), jnp.arange(7), TS
     )
 
     @jax.jit
@@ -225,9 +226,9 @@ def test_a_linear_equation_has_the_exact_solution_and_gradient(control):
     y1, (ct_y0, ct_values) = end(y0, values)
     growth = jnp.exp(values[-1, 0] - values[0, 0])
     exact = jnp.zeros_like(values).at[-1].set(y0 * growth).at[0].set(-y0 * growth)
-    assert abs(y1 - y0 * growth) <= EXACT_TO * abs(y0 * growth)
-    assert abs(ct_y0 - growth) <= EXACT_TO * growth
-    assert jnp.max(jnp.abs(ct_values - exact)) <= EXACT_TO * jnp.max(exact)
+    assert abs(y1 - y0 * growth) <= bound * abs(y0 * growth)
+    assert abs(ct_y0 - growth) <= bound * growth
+    assert jnp.max(jnp.abs(ct_values - exact)) <= bound * jnp.max(exact)
 
 
 def random_walk(num, dtype=jnp.float64):
@@ -287,8 +288,8 @@ def test_gradient_of_10_000_observations_is_the_direct_one(optimised):
 
 
 def test_memory_of_10_000_observations_is_theirs_and_a_shed_bit(optimised):
-    """A quarter of a bit for each step and element of the state, and some few times
-    the observations themselves, whatever the state."""
+    """For each step a quarter of a bit of each element of the state, and twice an
+    observation: itself, and its cotangent."""
     hidden = 64
     few, many = (
         long_gradient(OURS, n, hidden)[0].memory_analysis().temp_size_in_bytes
@@ -296,6 +297,4 @@ def test_memory_of_10_000_observations_is_theirs_and_a_shed_bit(optimised):
     )
     bits = 9_000 * hidden / 4 / 8
     an_observation = (1 + CHANNELS) * 8  # And its time.
-    print(few, many, bits, (many - few - bits) / 9_000 / an_observation)
-    assert many - few <= 1.02 * bits + 6 * 9_000 * an_observation, (few, many)
-    assert 6 * an_observation < hidden * 8 / 3
+    assert many - few <= 1.02 * (bits + 2 * 9_000 * an_observation), (few, many)
