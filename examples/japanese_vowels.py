@@ -104,7 +104,7 @@ def probabilities(
     model: NeuralCDE, utterances: Utterances, saveat: diffrax.SaveAt
 ) -> Float[np.ndarray, "times series speakers"]:
     run = eqx.filter_jit(solve)
-    scores = run(model, utterances.values, saveat=saveat)
+    scores = run(model, jnp.asarray(utterances.values), saveat=saveat)
     return np.asarray(jax.nn.softmax(scores))
 
 
@@ -244,7 +244,8 @@ def plot_memory(
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xticks(num_steps, [f"{n:,}" for n in num_steps])
-    axes.set_yticks((2, 5, 10, 20, 50, 100, 200), "2 5 10 20 50 100 200".split())
+    megabytes = 2, 5, 10, 20, 50, 100, 200
+    axes.set_yticks(megabytes, [str(m) for m in megabytes])
     axes.minorticks_off()
     label(axes, "number of steps", "temporary memory (MB)")
     axes.set_title("Memory of the compiled gradient of a neural CDE")

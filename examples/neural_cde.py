@@ -3,6 +3,7 @@
 For japanese_vowels.py, which says what it is.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import diffrax
@@ -38,7 +39,7 @@ class Utterances(NamedTuple):
 
 
 def prepare(
-    series: list[np.ndarray], speakers: np.ndarray, units: tuple, num_frames: int
+    series: Sequence[np.ndarray], speakers: np.ndarray, units: tuple, num_frames: int
 ) -> Utterances:
     """`units`: what to subtract from each coefficient, and what to divide it by."""
     rows = []
@@ -56,11 +57,16 @@ def prepare(
 
 def load_utterances() -> tuple[Utterances, Utterances]:
     """Those to train with and those to test with, in units of the former."""
-    training, test = (load_japanese_vowels(split=s)[:2] for s in ("train", "test"))
-    frames = np.concatenate(training[0], axis=1)
+    (series, speakers), (test_series, test_speakers) = (
+        load_japanese_vowels(split=s)[:2] for s in ("train", "test")
+    )
+    frames = np.concatenate(series, axis=1)
     units = frames.mean(axis=1), frames.std(axis=1)
-    num_frames = max(x.shape[1] for x in (*training[0], *test[0]))
-    return prepare(*training, units, num_frames), prepare(*test, units, num_frames)
+    num_frames = max(x.shape[1] for x in (*series, *test_series))
+    return (
+        prepare(list(series), speakers, units, num_frames),
+        prepare(list(test_series), test_speakers, units, num_frames),
+    )
 
 
 class NeuralCDE(eqx.Module):
