@@ -41,13 +41,13 @@ class Utterances(NamedTuple):
 def prepare(
     series: Sequence[np.ndarray], speakers: np.ndarray, units: tuple, num_frames: int
 ) -> Utterances:
-    """`units`: what to subtract from each coefficient, and what to divide it by."""
+    """`units`: what to subtract from time and coefficients, and to divide them by."""
     rows = []
     for coefficients in series:
         # Where nothing changes any more, time included, the model stands still.
         frame = np.minimum(np.arange(num_frames), coefficients.shape[1] - 1)
-        values = (coefficients.T[frame] - units[0]) / units[1]
-        rows.append(np.column_stack([frame / num_frames, values]))
+        values = np.column_stack([frame, coefficients.T[frame]])
+        rows.append((values - units[0]) / units[1])
     return Utterances(
         np.stack(rows).astype(np.float32),
         np.array([int(s) - 1 for s in speakers]),
@@ -61,8 +61,9 @@ def load_utterances() -> tuple[Utterances, Utterances]:
         load_japanese_vowels(split=s)[:2] for s in ("train", "test")
     )
     frames = np.concatenate(series, axis=1)
-    units = frames.mean(axis=1), frames.std(axis=1)
-    num_frames = max(x.shape[1] for x in (*series, *test_series))
+    longest = max(x.shape[1] for x in series)
+    units = np.append(0, frames.mean(axis=1)), np.append(longest, frames.std(axis=1))
+    num_frames = max(longest, *(x.shape[1] for x in test_series))
     return (
         prepare(list(series), speakers, units, num_frames),
         prepare(list(test_series), test_speakers, units, num_frames),
