@@ -44,8 +44,10 @@ from flow import (
     Flow,
     Rows,
     log_likelihood,
+    log_normal,
     sample,
     sample_probe,
+    solve,
 )
 from flow_data import Split, choose_mixture, load_reduced_digits, load_spirals
 from flow_figures import MEMORY_STYLES, OURS, PLAIN, STORED
@@ -203,25 +205,30 @@ def compare_with_mixture(
     )
 
 
+def likelihood_gradient(flow: Flow, num_steps: int, *how):
+    """Of the arrays of a flow, rows and probe: the loss and its gradient."""
+    _, static = eqx.partition(flow, eqx.is_array)
+    loss = lambda arrays, y, probe: negative_log_likelihood(
+        eqx.combine(arrays, static), y, probe, num_steps, *how
+    )
+    return jax.value_and_grad(loss)
+
+
+def a_batch(flow: Flow, data: Split):
+    """The arrays of a flow, rows of data and a probe for them."""
+    y = jnp.asarray(data.training[: DIGITS.batch])
+    return eqx.filter(flow, eqx.is_array), y, sample_probe(y, key=jax.random.key(0))
+
+
 def compare_ways(flow: Flow, data: Split, num_steps: int, console: Console) -> None:
     """Measures full gradients, checks ours, and prints the table."""
-    arrays, static = eqx.partition(flow, eqx.is_array)
-    y = jnp.asarray(data.training[: DIGITS.batch])
-    probe = sample_probe(y, key=jax.random.key(0))
-
-    def gradient_by(*how):
-        loss = lambda arrays, y, probe: negative_log_likelihood(
-            eqx.combine(arrays, static), y, probe, num_steps, *how
-        )
-        return jax.value_and_grad(loss)
-
     ways = {
-        OURS: gradient_by(REVERSIBLE, REVERSED),
-        SAME: gradient_by(REVERSIBLE, CHECKPOINTED),
-        PLAIN: gradient_by(HEUN, CHECKPOINTED),
+        OURS: likelihood_gradient(flow, num_steps, REVERSIBLE, REVERSED),
+        SAME: likelihood_gradient(flow, num_steps, REVERSIBLE, CHECKPOINTED),
+        PLAIN: likelihood_gradient(flow, num_steps, HEUN, CHECKPOINTED),
     }
     with console.status("Measuring gradients of many steps"):
-        measured = measure(ways, arrays, y, probe, repeats=3)
+        measured = measure(ways, *a_batch(flow, data), repeats=3)
     ours, same = (ravel_pytree(measured[name].gradient)[0] for name in (OURS, SAME))
     difference = float(jnp.linalg.norm(ours - same) / jnp.linalg.norm(same))
     print(
@@ -230,7 +237,34 @@ def compare_ways(flow: Flow, data: Split, num_steps: int, console: Console) -> N
     )
     if not difference <= GRADIENT_BOUND:
         raise RuntimeError("The two gradients of the same solver differ.")
-    title = f"A gradient of the digits' likelihood, {num_steps} steps, {len(y)} rows"
+    title = f"A gradient of the digits' likelihood, {num_steps} steps"
+    show_measured(title, measured, console)
+
+
+def compare_traces(flow: Flow, data: Split, num_steps: int, console: Console) -> None:
+    """Measures gradients without the log-density, and with it by either trace."""
+    _, static = eqx.partition(flow, eqx.is_array)
+    by_either = likelihood_gradient(flow, num_steps)
+
+    def without(arrays, y, probe):
+        field = jax.vmap(eqx.combine(arrays, static).velocity, in_axes=(None, 0))
+        end = solve(lambda t, y, args: field(t, y), y, None, num_steps)
+        return -jnp.mean(log_normal(end))
+
+    def row_by_row(arrays, y, probe):
+        flow = eqx.combine(arrays, static)
+        one = lambda y, probe: log_likelihood(flow, y[None], probe[None], num_steps)
+        return -jnp.mean(jax.vmap(one)(y, probe))
+
+    ways = {
+        "no log-density": jax.value_and_grad(without),
+        "Hutchinson's trace": by_either,
+        "exact trace": lambda arrays, y, probe: by_either(arrays, y, None),
+        "Hutchinson's, vmap over solves": jax.value_and_grad(row_by_row),
+    }
+    with console.status("Measuring what the log-density costs"):
+        measured = measure(ways, *a_batch(flow, data), repeats=9)
+    title = f"What the log-density costs, {num_steps} steps"
     show_measured(title, measured, console)
 
 
@@ -238,17 +272,10 @@ def measure_memory(
     flow: Flow, data: Split, all_num_steps: Sequence[int], console: Console
 ) -> dict[str, list[int]]:
     """Compiled temporary bytes for each number of steps; nothing is run."""
-    arrays, static = eqx.partition(flow, eqx.is_array)
-    y = jnp.asarray(data.training[: DIGITS.batch])
-    probe = sample_probe(y, key=jax.random.key(0))
 
-    def compiled_bytes(num_steps, *how):
-        loss = lambda arrays, y, probe: negative_log_likelihood(
-            eqx.combine(arrays, static), y, probe, num_steps, *how
-        )
-        return temporary_bytes(
-            jax.jit(jax.grad(loss)).lower(arrays, y, probe).compile()
-        )
+    def compiled_bytes(*how):
+        program = jax.jit(likelihood_gradient(flow, *how))
+        return temporary_bytes(program.lower(*a_batch(flow, data)).compile())
 
     table = Table(title="Temporary memory of the compiled gradient, bytes")
     table.add_column("steps", justify="right")
@@ -287,6 +314,7 @@ def main() -> None:
     on_digits = run(DIGITS, digits, steps)
     on_spirals = run(SPIRALS, spirals, steps)
     compare_ways(on_digits.flows[0], digits, many, console)
+    compare_traces(on_digits.flows[0], digits, max(many // 10, 2), console)
     columns = measure_memory(on_digits.flows[0], digits, memory_steps, console)
 
     out, key = arguments.out, jax.random.key(1)

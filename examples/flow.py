@@ -17,7 +17,8 @@ same evaluation of the network as `f` itself:
 For continuous_flow.py, which trains two of them.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import diffrax
 import equinox as eqx
@@ -27,12 +28,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 import reversax
 
-# The flow separates what is close by, that is, undone it damps: halving the gap between
-# the twins at every step is stable for four times the default's damping.
-REVERSIBLE = reversax.Reversible(diffrax.Euler(), reversax.Symmetric(halve_every=1))
+REVERSIBLE = reversax.Reversible(diffrax.Euler())  # Of second order.
 REVERSED = reversax.ReversibleAdjoint()
 
 Rows = Float[Array, "rows dim"]
+
+
+T = TypeVar("T")
 
 
 class State(NamedTuple):
@@ -58,7 +60,8 @@ def sample_probe(y: Rows, *, key: PRNGKeyArray) -> Rows:
 
 
 class Flow(eqx.Module):
-    network: eqx.nn.MLP
+    network: Callable[[Float[Array, " dim+1"]], Float[Array, " dim"]]
+    """Of `y` and `t`, one after the other."""
 
     def __init__(self, dim: int, width: int, depth: int, *, key: PRNGKeyArray):
         network = eqx.nn.MLP(dim + 1, dim, width, depth, activation=jnp.tanh, key=key)
@@ -78,18 +81,18 @@ class Flow(eqx.Module):
 
 
 def solve(
-    flow: Flow,
-    start: State,
+    field: Callable[[Any, T, Rows | None], T],
+    start: T,
     probe: Rows | None,
     num_steps: int,
     to_data: bool = False,
     solver: diffrax.AbstractSolver = REVERSIBLE,
     adjoint: diffrax.AbstractAdjoint = REVERSED,
-) -> State:
-    """From data to the base distribution, or back."""
+) -> T:
+    """From data to the base distribution, or back; a flow is such a field."""
     t0, t1 = (1.0, 0.0) if to_data else (0.0, 1.0)
     solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(flow),
+        diffrax.ODETerm(field),
         solver,
         t0=t0,
         t1=t1,

@@ -14,7 +14,7 @@ from sklearn.mixture import GaussianMixture
 
 Rows = Float[np.ndarray, "rows dim"]
 
-SPIRAL_NOISE = 0.07
+SPIRAL_NOISE = 0.05
 SPIRAL_ROWS = (1000, 1000, 4000)  # Of training, validation and test.
 DIGITS_DIM = 8
 DIGITS_ROWS = (1197, 300, 300)
