@@ -56,6 +56,24 @@ def test_reaction_diffusion_undoes_a_damped_equation_to_the_bit(tmp_path):
     assert_shows_something(tmp_path / "reaction_diffusion_memory.png")
 
 
+def test_japanese_vowels_checks_its_gradient_and_counts_what_it_gets_right(tmp_path):
+    printed = run_quickly("japanese_vowels.py", tmp_path)
+    assert_gradients_agree(printed, 1e-5)  # In single precision; measured 6e-7.
+    assert re.search(r"^Test accuracy: .*mean 0\.\d", printed, re.MULTILINE)
+    assert_shows_something(tmp_path / "japanese_vowels_scores.png")
+    assert_shows_something(tmp_path / "japanese_vowels_memory.png")
+
+
+def test_continuous_flow_checks_its_gradient_and_scores_both_densities(tmp_path):
+    printed = run_quickly("continuous_flow.py", tmp_path)
+    assert_gradients_agree(printed, 1e-4)  # In single precision; measured 1e-6.
+    for density in ("spirals", "digits"):
+        score = rf"^Held-out log-likelihood, {density}: flow -?\d.*mixture -?\d"
+        assert re.search(score, printed, re.MULTILINE)
+    for figure in ("density", "digits", "memory"):
+        assert_shows_something(tmp_path / f"flow_{figure}.png")
+
+
 def test_power_demand_checks_its_gradient_and_scores_its_days_against_others(tmp_path):
     printed = run_quickly("power_demand.py", tmp_path)
     assert_gradients_agree(printed, 1e-4)  # In single precision; measured 2e-6.
