@@ -109,7 +109,7 @@ def test_log_density_of_a_linear_flow_converges_at_the_order_of_the_solver(
     expected = log_normal(y @ jsl.expm(whole * matrix).T) + whole * jnp.trace(matrix)
     solver = rvx.Reversible({"Euler": dfx.Euler(), "Bosh3": dfx.Bosh3()}[base])
     probe = probe_for(trace, y)
-    num_steps = [64, 256]
+    num_steps = [128, 512]  # Bosh3 is at 3.4 between 16 and 32, at 3.9 between these.
     errors = [
         float(abs(log_likelihood(flow, y, probe, n, solver) - expected).max())
         for n in num_steps
