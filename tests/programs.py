@@ -31,12 +31,14 @@ def solve(adjoint, y0=Y0, args=ARGS, field=network_field, **kwargs):
 
 
 def agree(loss, at, bound=1e-13):
-    """`loss(adjoint, x)` has the same value and gradient under both adjoints."""
+    """`loss(adjoint, x)` has the same value and gradient under both adjoints. Returns
+    the direct gradient."""
     of = lambda adjoint: jax.jit(jax.value_and_grad(lambda x: loss(adjoint, x)))(at)
     (value, ours), (expected, direct) = of(OURS), of(DIRECT)
     assert abs(value - expected) <= bound * max(1.0, abs(expected))
     difference = relative_difference(ours, direct)
     assert difference <= bound, difference
+    return direct
 
 
 def agree_in_each_entry(ours, direct, bound):

@@ -118,7 +118,6 @@ GRADIENTS = [
 DAILY = [
     ("cubic", "adaptive", "fixed-point"),
     ("linear-as-ode", "adaptive-with-jumps", "fixed-point"),
-    ("cubic-as-ode", "constant", "fixed-point"),
 ]
 
 
