@@ -8,7 +8,8 @@ its last frame an utterance stands still, so that `dX = 0` and the state stays.
 
 Three models are trained from three seeds. Their sizes, the scale of the field and the
 noise on the training data were chosen by three-fold cross-validation among the training
-data, whose accuracy was 0.97. The test data were not used to choose anything.
+data, whose accuracy was 0.97. The test data were not used to choose anything; there
+the mean accuracy of the three models is 0.977.
 
 Every gradient of the training comes from `reversax.ReversibleAdjoint`, a whole batch in
 one solve, with one step of reversible Euler, of second order, from each frame to the
@@ -166,9 +167,15 @@ def compare_ways(
 
 
 def measure_memory(
-    model: NeuralCDE, data: Utterances, steps_a_frame: Sequence[int], console: Console
+    model: NeuralCDE,
+    data: Utterances,
+    steps_a_frame: Sequence[int],
+    measured: dict[str, Measured],
+    timed: int,
+    console: Console,
 ) -> tuple[list[int], dict[str, list[int]]]:
-    """Numbers of steps, and compiled temporary bytes at each; nothing is run."""
+    """Numbers of steps, and compiled temporary bytes at each; nothing is run. Those of
+    `timed` steps a frame have been measured."""
     num_steps = [n * (data.values.shape[1] - 1) for n in steps_a_frame]
     columns = {name: [] for name in MEMORY_STYLES}
     table = Table(title="Temporary memory of the compiled gradient, bytes")
@@ -180,6 +187,9 @@ def measure_memory(
             store = diffrax.RecursiveCheckpointAdjoint(checkpoints=total)
             ways = WAYS | {STORED: Way(diffrax.Heun(), store)}
             for name, column in columns.items():
+                if each == timed and name in measured:
+                    column.append(measured[name].bytes)
+                    continue
                 gradient, arrays = gradient_by(model, each, ways[name])
                 lowered = jax.jit(gradient).lower(arrays, data.values, data.speakers)
                 column.append(temporary_bytes(lowered.compile()))
@@ -270,8 +280,10 @@ def main() -> None:
     ends = [probabilities(model, test, diffrax.SaveAt(t1=True))[-1] for model in models]
     correct = [float(np.mean(p.argmax(axis=1) == test.speakers)) for p in ends]
 
-    compare_ways(models[0], training, timed, console)
-    num_steps, columns = measure_memory(models[0], training, steps_a_frame, console)
+    measured = compare_ways(models[0], training, timed, console)
+    num_steps, columns = measure_memory(
+        models[0], training, steps_a_frame, measured, timed, console
+    )
     courses = probabilities(models[0], test, EACH_FRAME)
     out = arguments.out
     plot_scores(test, ends[0], courses, out / "japanese_vowels_scores.png")
