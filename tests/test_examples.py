@@ -79,6 +79,7 @@ def test_power_demand_checks_its_gradient_and_scores_its_days_against_others(tmp
     assert_gradients_agree(printed, 1e-4)  # In single precision; measured 2e-6.
     scores = r"^Held-out energy distance: neural SDE.*Ornstein-Uhlenbeck.*AR\("
     assert re.search(scores, printed, re.MULTILINE)
+    assert re.search(r"neural SDE.* \d+ %", printed), "how often a forest is right"
     assert_shows_something(tmp_path / "power_demand_days.png")
     assert_shows_something(tmp_path / "power_demand_memory.png")
 
