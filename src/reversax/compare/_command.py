@@ -95,8 +95,7 @@ def compare(
     console = Console(width=None if sys.stdout.isatty() else 128)
     show(console, target, reference, measurements, recommendation, wish)
     if json is not None:
-        asked = dict(problem=target, seed=seed)
-        asked["options"] = vars(wish) | options._asdict()
+        asked = dict(problem=target, seed=seed, options=vars(wish) | options._asdict())
         about = circumstances() | asked
         write_json(json, about, reference, measurements, recommendation)
     if plot is not None:
@@ -147,7 +146,7 @@ def _measure(problem: Problem, options: Options) -> tuple[Reference, list[Measur
 @contextlib.contextmanager
 def _no_compilation_cache() -> Iterator[None]:
     """Times to compile would be those to read from disk."""
-    before = jax.config.jax_enable_compilation_cache
+    before = jax.config.jax_enable_compilation_cache  # pyright: ignore
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield

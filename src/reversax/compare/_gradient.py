@@ -74,30 +74,34 @@ def split(problem: Problem) -> tuple[Problem, Problem]:
     return eqx.partition(problem, which)
 
 
+def _solve(problem: Problem, method: Method) -> tuple[Any, Any]:
+    """What is saved, and the numbers of accepted steps."""
+
+    def solve(y0):
+        solution = dfx.diffeqsolve(
+            problem.terms,
+            method.solver,
+            problem.t0,
+            problem.t1,
+            method.dt0,
+            y0,
+            problem.args,
+            saveat=problem.saveat,
+            stepsize_controller=method.stepsize_controller,
+            adjoint=method.adjoint,
+            max_steps=method.max_steps,
+        )
+        return solution.ys, solution.stats["num_accepted_steps"]
+
+    return (jax.vmap(solve) if problem.batched else solve)(problem.y0)
+
+
 def gradient_of(differentiated: Problem, rest: Problem, method: Method) -> Gradient:
     """The value of the loss and its gradient, to be compiled."""
 
     def loss(differentiated):
         problem = eqx.combine(differentiated, rest)
-
-        def solve(y0):
-            solution = dfx.diffeqsolve(
-                problem.terms,
-                method.solver,
-                problem.t0,
-                problem.t1,
-                method.dt0,
-                y0,
-                problem.args,
-                saveat=problem.saveat,
-                stepsize_controller=method.stepsize_controller,
-                adjoint=method.adjoint,
-                max_steps=method.max_steps,
-            )
-            return solution.ys, solution.stats["num_accepted_steps"]
-
-        run = jax.vmap(solve) if problem.batched else solve
-        ys, num_steps = run(problem.y0)
+        ys, num_steps = _solve(problem, method)
         value = jnp.asarray(problem.loss(ys, problem.args))
         if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
             raise Refusal(

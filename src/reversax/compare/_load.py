@@ -8,8 +8,7 @@ import sysconfig
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any
+from types import ModuleType
 
 from ._problem import Problem, Refusal
 
@@ -121,32 +120,34 @@ def _accepts_seed(function: Callable, called: str) -> bool:
     return any(p.name == "seed" for p in parameters)
 
 
-def _is_theirs(frame: TracebackType) -> bool:
-    filename = frame.tb_frame.f_code.co_filename
+def _is_ours(filename: str) -> bool:
+    return Path(filename).is_relative_to(_OURS)
+
+
+def _is_theirs(filename: str) -> bool:
     path = Path(filename)
-    if filename.startswith("<") or {"site-packages", "dist-packages"} & {*path.parts}:
-        return False
-    return not any(path.is_relative_to(place) for place in (_OURS, _STANDARD))
+    installed = {"site-packages", "dist-packages"} & {*path.parts}
+    generated = filename.startswith("<")
+    known = _is_ours(filename) or path.is_relative_to(_STANDARD)
+    return not (installed or generated or known)
 
 
 def their_traceback(error: BaseException) -> str | None:
-    """The traceback of an error, from the first frame in the user's code on; `None` if
-    there is none."""
-    if isinstance(error, SyntaxError):
-        return _only_message(error)
-    frame: Any = error.__traceback__
-    while frame is not None and not _is_theirs(frame):
-        frame = frame.tb_next
-    if frame is None:
+    """The traceback of an error, from the first frame in the user's code to the last;
+    `None` if there is none."""
+    described = traceback.TracebackException.from_exception(error)
+    described.__cause__ = described.__context__ = None
+    theirs = [i for i, x in enumerate(described.stack) if _is_theirs(x.filename)]
+    if not theirs and not isinstance(error, SyntaxError):
         return None
-    lines = traceback.format_exception(type(error), error, frame, chain=False)
-    return "".join(lines).rstrip()
+    frames = described.stack[theirs[0] : theirs[-1] + 1] if theirs else []
+    described.stack = traceback.StackSummary.from_list(frames)
+    return "".join(described.format()).rstrip()
 
 
 def raised_here(error: BaseException) -> bool:
     """Whether an error was raised in reversax's own code."""
-    *_, last = traceback.walk_tb(error.__traceback__)
-    return Path(last[0].f_code.co_filename).is_relative_to(_OURS)
+    return _is_ours(traceback.extract_tb(error.__traceback__)[-1].filename)
 
 
 def _only_message(error: BaseException) -> str:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jaxtyping import PyTree
 
 from .._round_trip import round_trip_error
 from .._solver import Reversible
@@ -138,13 +138,14 @@ def _compile_until_accurate(
 ) -> _Run:
     """With steps halved until the gradient is accurate enough, or too often."""
     halvings = options.halvings if problem.has_constant_steps(candidate) else 0
-    for halved in range(halvings + 1):
-        run = _compile(problem, candidate, halved, reference)
+    run = _compile(problem, candidate, 0, reference)
+    for halved in range(1, halvings + 1):
         error = run.measurement.gradient_error
         if error is not None and error <= options.tolerance:
             break
         if run.measurement.temporary_bytes is None:
             break  # It does not even compile, and will not with other steps.
+        run = _compile(problem, candidate, halved, reference)
     if isinstance(run.method.solver, Reversible):
         _measure_round_trip(problem, run)
     return run
@@ -171,7 +172,11 @@ def _compile(
         method.max_steps,
     )
     arrays, static = eqx.partition(split(problem), eqx.is_array)
-    program = lambda arrays: gradient_of(*eqx.combine(arrays, static), method)
+
+    def program(arrays):
+        differentiated, rest = eqx.combine(arrays, static)
+        return gradient_of(differentiated, rest, method)
+
     try:
         compiled = _compile_timed(program, arrays, measurement)
         once = lambda: jax.block_until_ready(compiled(arrays))
@@ -202,6 +207,11 @@ def _compile_timed(program: Callable, arrays: Any, measurement: Measurement) -> 
     return compiled
 
 
+def _largest(tree: PyTree) -> float:
+    """The largest absolute value; NaN if any is."""
+    return float(np.max([np.max(np.abs(x), initial=0) for x in jtu.tree_leaves(tree)]))
+
+
 def _measure_round_trip(problem: Problem, run: _Run) -> None:
     method = run.method
 
@@ -220,18 +230,15 @@ def _measure_round_trip(problem: Problem, run: _Run) -> None:
         )
         return (jax.vmap(solve) if problem.batched else solve)(problem.y0).error
 
-    largest = lambda tree: max(
-        float(jnp.max(jnp.abs(x), initial=0)) for x in jtu.tree_leaves(tree)
-    )
     try:
-        error = largest(there_and_back(problem))
+        error = _largest(there_and_back(problem))
     except Exception as failure:  # Any: it is reported in the candidate's row.
         if run.measurement.failure is None:
             run.measurement.failure = (
                 f"Its round trip: {type(failure).__name__}: {message_of(failure)}"
             )
         return
-    run.measurement.round_trip = error / (largest(problem.y0) or 1.0)
+    run.measurement.round_trip = error / (_largest(problem.y0) or 1.0)
 
 
 def _time_in_turn(runs: list[_Run], options: Options, report: Report) -> None:

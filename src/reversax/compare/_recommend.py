@@ -42,31 +42,32 @@ class Recommendation:
     """All this in words."""
 
 
-def _seconds(measurement: Measurement) -> float:
+def seconds_of(measurement: Measurement) -> float:
     assert measurement.median_seconds is not None
     return measurement.median_seconds
 
 
-def _bytes(measurement: Measurement) -> int:
+def bytes_of(measurement: Measurement) -> int:
     assert measurement.temporary_bytes is not None
     return measurement.temporary_bytes
 
 
 def is_accurate(measurement: Measurement, wish: Wish) -> bool:
+    if measurement.failure is not None or measurement.cautionary:
+        return False
     error = measurement.gradient_error
-    usable = measurement.failure is None and error is not None
-    return usable and not measurement.cautionary and error <= wish.tolerance
+    return error is not None and error <= wish.tolerance
 
 
 def _fits(measurement: Measurement, wish: Wish) -> bool:
-    return wish.memory_limit is None or _bytes(measurement) <= wish.memory_limit
+    return wish.memory_limit is None or bytes_of(measurement) <= wish.memory_limit
 
 
 def efficient(measurements: Sequence[Measurement]) -> list[Measurement]:
     """Those that no other beats in both time and memory, the fastest first."""
     front: list[Measurement] = []
-    for x in sorted(measurements, key=lambda x: (_seconds(x), _bytes(x))):
-        if not front or _bytes(x) < _bytes(front[-1]):
+    for x in sorted(measurements, key=lambda x: (seconds_of(x), bytes_of(x))):
+        if not front or bytes_of(x) < bytes_of(front[-1]):
             front.append(x)
     return front
 
@@ -79,7 +80,9 @@ def recommend(measurements: Sequence[Measurement], wish: Wish) -> Recommendation
         text = _why_none(measurements, accurate, wish)
         return Recommendation(None, names, [], text)
     front = efficient(within)
-    first, second = (_seconds, _bytes) if wish.prefer == "time" else (_bytes, _seconds)
+    first, second = (
+        (seconds_of, bytes_of) if wish.prefer == "time" else (bytes_of, seconds_of)
+    )
     best = min(map(first, front))
     chosen = min((x for x in front if first(x) <= _EQUAL * best), key=second)
     text = _why(chosen, front, len(within), wish)
@@ -110,8 +113,8 @@ def _why(
     step = "" if chosen.dt0 is None else f", dt0={chosen.dt0:g}"
     lines = [
         f"Take {chosen.candidate}, with {adjoint}{step}. Its gradient is within "
-        f"{chosen.gradient_error:.1e} of the reference (wanted: {wish.tolerance:.0e}), "
-        f"in {as_seconds(_seconds(chosen))} and {as_bytes(_bytes(chosen))}."
+        f"{chosen.gradient_error:.1e} of the reference (wanted: {wish.tolerance:g}), "
+        f"in {as_seconds(seconds_of(chosen))} and {as_bytes(bytes_of(chosen))}."
     ]
     if num_within == 1:
         lines.append("No other candidate is as accurate" + _and_small(wish) + ".")
@@ -121,7 +124,7 @@ def _why(
     if len(front) == 1:
         lines.append(f"It is both the fastest and the smallest {among}.")
         return " ".join(lines)
-    best = min(front, key=_seconds if wish.prefer == "time" else _bytes)
+    best = min(front, key=seconds_of if wish.prefer == "time" else bytes_of)
     if best is chosen:
         lines.append(f"It is the {superlative} {among}.")
     else:
@@ -145,7 +148,10 @@ def _alternative(chosen: Measurement, front: list[Measurement], wish: Wish) -> s
     other = front[-1] if wish.prefer == "time" else front[0]
     if other is chosen:
         return ""
-    time, memory = _seconds(other) / _seconds(chosen), _bytes(other) / _bytes(chosen)
+    time, memory = (
+        seconds_of(other) / seconds_of(chosen),
+        bytes_of(other) / bytes_of(chosen),
+    )
     name = other.candidate
     if wish.prefer == "time":
         return (
@@ -162,11 +168,11 @@ def _why_none(
     measurements: Sequence[Measurement], accurate: list[Measurement], wish: Wish
 ) -> str:
     if accurate:
-        least = min(accurate, key=_bytes)
+        least = min(accurate, key=bytes_of)
         return (
             f"None of the {len(accurate)} candidates that are accurate enough takes at "
             f"most {as_bytes(wish.memory_limit or 0)}: the smallest, {least.candidate},"
-            f" takes {as_bytes(_bytes(least))}. Raise --memory-limit."
+            f" takes {as_bytes(bytes_of(least))}. Raise --memory-limit."
         )
     error: Callable = lambda x: x.gradient_error
     usable = [
@@ -176,7 +182,7 @@ def _why_none(
         return "No candidate gave a gradient that can be relied on."
     best = min(usable, key=error)
     return (
-        f"No candidate's gradient is within {wish.tolerance:.0e} of the reference. "
+        f"No candidate's gradient is within {wish.tolerance:g} of the reference. "
         f"The nearest, {best.candidate}, is within {error(best):.1e}. Take shorter "
         "steps (a smaller dt0, more --halvings, a tighter controller), double "
         "precision, or a larger --tolerance."

@@ -91,7 +91,8 @@ def _table(
 
 
 def _sizes(reference: Reference) -> str:
-    sizes = [f"{x.size} numbers in {k}" for k, x in reference.parts.items() if x.size]
+    parts = reference.parts.items()
+    sizes = [f"the {x.size:,} numbers in {name}" for name, x in parts if x.size]
     return " and ".join(sizes)
 
 
