@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from test_compare import run, words, write
+from typer.testing import CliRunner
 
 import reversax as rvx
+from reversax.compare._command import app
 from reversax.compare._options import as_number_of_bytes
 
 MISTAKES = {
@@ -102,7 +104,7 @@ LAST_LINES = {
     "import": "ModuleNotFoundError: No module named 'no_such_package'",
     "syntax": "SyntaxError: invalid syntax",
     "function": "KeyError: 'missing'",
-    "arguments": "needs `dt0` for `ConstantStepSize()`.",
+    "arguments": "needs a `dt0` for `ConstantStepSize()`.",
     "field": "KeyError: 'missing'",
     "loss": "TypeError: ",
 }
@@ -179,3 +181,8 @@ def test_the_command_runs_as_a_module_and_finds_others_where_it_is(tmp_path):
     done = outside("-m", "reversax", "compare", "mine:f", cwd=tmp_path)
     assert done.returncode == 2
     assert "mine:f returned an object of type `int`" in done.stderr
+
+
+def test_the_version_is_that_of_the_package():
+    done = CliRunner().invoke(app, ["--version"])
+    assert done.stdout == f"reversax {rvx.__version__}\n"

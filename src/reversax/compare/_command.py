@@ -133,10 +133,10 @@ def _measure(problem: Problem, options: Options) -> tuple[Reference, list[Measur
         TimeElapsedColumn(),
     )
     console = Console(stderr=True)
-    with (
-        _no_compilation_cache(),
-        Progress(*columns, console=console, transient=True) as progress,
-    ):
+    progress = Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    )
+    with _no_compilation_cache(), progress:
         total = number_of_stages(problem, options)
         task = progress.add_task("", total=total, completed=-1)
         report = lambda what: progress.update(task, description=what, advance=1)

@@ -154,8 +154,8 @@ def _compile_until_accurate(
 def _compile(
     problem: Problem, candidate: Candidate, halved: int, reference: Reference
 ) -> _Run:
-    dt0 = problem.dt0 if candidate.dt0 is None else candidate.dt0
-    dt0 = None if dt0 is None else float(dt0) / 2**halved
+    dt0 = problem.dt0_for(candidate)
+    dt0 = None if dt0 is None else dt0 / 2**halved
     method = Method(
         candidate.solver,
         candidate.adjoint,

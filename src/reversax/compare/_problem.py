@@ -80,14 +80,20 @@ class Problem(eqx.Module):
             )
         _check_candidates(self.candidates)
         _check_saveat(self.saveat)
-        if self.dt0 is None and self.has_constant_steps(None):
-            raise ValueError(f"{_CALL} needs `dt0` for `ConstantStepSize()`.")
+        for candidate in self.candidates or [None]:
+            if self.has_constant_steps(candidate) and not self.dt0_for(candidate):
+                raise ValueError(f"{_CALL} needs a `dt0` for `ConstantStepSize()`.")
 
     def controller_for(
         self, candidate: Candidate | None
     ) -> dfx.AbstractStepSizeController:
         own = None if candidate is None else candidate.stepsize_controller
         return self.stepsize_controller if own is None else own
+
+    def dt0_for(self, candidate: Candidate | None) -> float | None:
+        own = None if candidate is None else candidate.dt0
+        dt0 = self.dt0 if own is None else own
+        return None if dt0 is None else float(dt0)
 
     def has_constant_steps(self, candidate: Candidate | None) -> bool:
         return isinstance(self.controller_for(candidate), dfx.ConstantStepSize)
@@ -98,7 +104,7 @@ class Problem(eqx.Module):
             return self.max_steps * 2**halvings
         if not self.has_constant_steps(candidate):
             return _DEFAULT_MAX_STEPS
-        steps = abs(float(self.t1) - float(self.t0)) / abs(float(dt0))
+        steps = abs(float(self.t1) - float(self.t0)) / abs(dt0)
         return math.ceil(steps) + 1  # One for a last step that round-off leaves over.
 
 
