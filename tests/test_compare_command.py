@@ -186,3 +186,14 @@ def test_the_command_runs_as_a_module_and_finds_others_where_it_is(tmp_path):
 def test_the_version_is_that_of_the_package():
     done = CliRunner().invoke(app, ["--version"])
     assert done.stdout == f"reversax {rvx.__version__}\n"
+
+
+def test_a_module_that_imports_what_is_not_there_is_not_taken_for_missing(
+    tmp_path, monkeypatch
+):
+    write(tmp_path, "import no_such_package", "imports_nothing.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    done = run("imports_nothing:problem")
+    assert done.exit_code == 1
+    assert "ModuleNotFoundError: No module named 'no_such_package'" in done.stderr

@@ -218,4 +218,4 @@ def message_of(error: Exception) -> str:
         _, found, message = line.partition("EquinoxRuntimeError: ")
         if found:
             return message.strip()
-    return text.strip()
+    return f"{type(error).__name__}: {text.strip()}"

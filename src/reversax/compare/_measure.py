@@ -182,7 +182,7 @@ def _compile(
         once = lambda: jax.block_until_ready(compiled(arrays))
         gradient = once()
     except Exception as error:  # Any: it is reported in the candidate's row.
-        measurement.failure = f"{type(error).__name__}: {message_of(error)}"
+        measurement.failure = message_of(error)
         return _Run(measurement, method, None)
     measurement.num_steps = float(gradient.num_steps)
     parts = parts_of(gradient.parts)
@@ -234,9 +234,7 @@ def _measure_round_trip(problem: Problem, run: _Run) -> None:
         error = _largest(there_and_back(problem))
     except Exception as failure:  # Any: it is reported in the candidate's row.
         if run.measurement.failure is None:
-            run.measurement.failure = (
-                f"Its round trip: {type(failure).__name__}: {message_of(failure)}"
-            )
+            run.measurement.failure = f"Its round trip: {message_of(failure)}"
         return
     run.measurement.round_trip = error / (_largest(problem.y0) or 1.0)
 
