@@ -18,7 +18,7 @@ from reversax.compare import Problem
 
 STATE_SIZE, WIDTH, BATCH = 8, 32, 32
 DAMPING = 2.0
-TIMES = jnp.linspace(0.1, 4.0, 40)
+TIMES = 0.05 + 0.1 * jnp.arange(40)
 
 
 def field(t, y: Float[Array, "batch state"], network: eqx.nn.MLP):
@@ -45,7 +45,7 @@ def problem(seed: int = 0) -> Problem:
         y0=y0,
         t0=0.0,
         t1=4.0,
-        dt0=0.05,
+        dt0=0.04,
         args=network,  # What is trained.
         saveat=diffrax.SaveAt(ts=TIMES),
         loss=lambda ys, network: jnp.mean((ys - target) ** 2),

@@ -58,16 +58,17 @@ def _parse(target: str) -> tuple[str, str]:
     return module, name
 
 
-def _import_file(name: str) -> ModuleType:
-    path = Path(name).resolve()
+def _import_file(filename: str) -> ModuleType:
+    path = Path(filename).resolve()
     if not path.is_file():
         raise Refusal(f"There is no file {path}.", exit_code=2)
     # As if the file were run: it finds its neighbours, and is found by its own classes.
     sys.path.insert(0, str(path.parent))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"compared_{path.stem}"  # Which hides no other module.
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
