@@ -23,7 +23,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array
 
 from ._arithmetic import State
-from ._clock import Clock, just_below
+from ._clock import Clock, Moment, close_controller, just_below
 from ._control import Time
 from ._event import close_event, without_derivatives
 from ._increment import make_increment
@@ -203,12 +203,19 @@ def set_up(
     state = _first_state(scheme, y0, init_state.solver_state, passed_solver_state)
     increment = make_increment(solver.solver, terms, args).close(t0, y0)
     fns = [close_fn(sub, args, t0, y0) for sub in _subs(saveat)]
-    clock = _clock(t0, _finite(t1, event), controller, init_state, saveat)
+    error_order = solver.error_order(terms)
+    moment = Moment(t0, init_state.tnext, init_state.controller_state)
+    if not prescribes_times(controller):
+        controller, first_state = close_controller(
+            controller, args, error_order, moment, y0
+        )
+        moment = moment._replace(controller_state=first_state)
+    clock = _clock(moment, _finite(t1, event), controller, saveat)
     located = event is not None and event.root_finder is not None
     dense = saveat.dense or located or any(ts is not None for ts in clock.ts)
     if event is not None:
         known = dict(terms=terms, solver=solver, t0=t0, t1=t1, dt0=dt0, saveat=saveat)
-        known.update(stepsize_controller=controller, max_steps=max_steps)
+        known.update(stepsize_controller=stepsize_controller, max_steps=max_steps)
         event = close_event(event, known, args, t0, y0)
         init_state = without_derivatives(init_state, y0, dense)
     every = _restart_every(restart_every, scheme, y0, max_steps, round_trip_tolerance)
@@ -217,7 +224,7 @@ def set_up(
     return (state.pair, increment, fns, clock), Setup(
         plan=plan,
         base_interpolation_cls=solver.solver.interpolation_cls,
-        error_order=solver.error_order(terms),
+        error_order=error_order,
         error=not prescribes_times(controller),
         dense=dense,
         saveat=_without_arrays(saveat, located),
@@ -232,13 +239,13 @@ def set_up(
     )
 
 
-def _clock(t0, t1, controller, init_state: Any, saveat: dfx.SaveAt) -> Clock:
+def _clock(moment: Moment, t1, controller, saveat: dfx.SaveAt) -> Clock:
     return Clock(
-        t0=t0,
+        t0=moment.t0,
         t1=t1,
-        first_end=init_state.tnext,
+        first_end=moment.t1,
         controller=controller,
-        controller_state=init_state.controller_state,
+        controller_state=moment.controller_state,
         ts=[sub.ts for sub in _subs(saveat)],
     )
 
