@@ -261,7 +261,13 @@ class Geometric(dfx.AbstractStepSizeController):
         return True, t1, t1 + dt, False, dt, dfx.RESULTS.successful
 
 
-@pytest.mark.parametrize("growths", [1.3, jnp.array([1.2, 1.5])], ids=["one", "vmap"])
+@pytest.mark.parametrize(
+    "growths",
+    [
+        pytest.param(1.3, id="one"),
+        pytest.param(jnp.array([1.2, 1.5]), id="vmap", marks=pytest.mark.heavy),
+    ],
+)
 def test_a_controller_may_read_args_and_close_over_what_is_differentiated(growths):
     field = lambda t, y, args: jnp.sin(t - args["rate"] * y)
 
