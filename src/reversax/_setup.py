@@ -20,7 +20,7 @@ import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from ._arithmetic import State
 from ._clock import Clock, Moment, close_controller, just_below
@@ -205,12 +205,8 @@ def set_up(
     fns = [close_fn(sub, args, t0, y0) for sub in _subs(saveat)]
     error_order = solver.error_order(terms)
     moment = Moment(t0, init_state.tnext, init_state.controller_state)
-    if not prescribes_times(controller):
-        controller, first_state = close_controller(
-            controller, args, error_order, moment, y0
-        )
-        moment = moment._replace(controller_state=first_state)
-    clock = _clock(moment, _finite(t1, event), controller, saveat)
+    reads = args, error_order, moment, y0
+    clock = _clock(_finite(t1, event), controller, reads, saveat)
     located = event is not None and event.root_finder is not None
     dense = saveat.dense or located or any(ts is not None for ts in clock.ts)
     if event is not None:
@@ -239,13 +235,23 @@ def set_up(
     )
 
 
-def _clock(moment: Moment, t1, controller, saveat: dfx.SaveAt) -> Clock:
+def _clock(
+    t1: Array,
+    controller: dfx.AbstractStepSizeController,
+    reads: tuple[PyTree, Any, Moment, State],
+    saveat: dfx.SaveAt,
+) -> Clock:
+    """The clock; `reads` is what a controller may depend on beside its own."""
+    _, _, moment, _ = reads
+    first_state = moment.controller_state
+    if not prescribes_times(controller):
+        controller, first_state = close_controller(controller, *reads)
     return Clock(
         t0=moment.t0,
         t1=t1,
         first_end=moment.t1,
         controller=controller,
-        controller_state=moment.controller_state,
+        controller_state=first_state,
         ts=[sub.ts for sub in _subs(saveat)],
     )
 
