@@ -210,6 +210,41 @@ def test_a_derivative_by_times_through_the_controllers_state_is_refused_not_zero
         jax.block_until_ready(jax.grad(loss)(1.0))
 
 
+class CourantLimit(dfx.AbstractStepSizeController):
+    """Steps that follow the state, by a derivative or not."""
+
+    as_constant: bool
+
+    def wrap(self, direction):
+        return self
+
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        return t0 + dt0, None
+
+    def adapt_step_size(
+        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+    ):
+        dt = 0.1 / (1 + jnp.sum(y1_candidate**2))
+        if self.as_constant:
+            dt = jax.lax.stop_gradient(dt)
+        return True, t1, t1 + dt, False, controller_state, dfx.RESULTS.successful
+
+
+def test_a_controller_whose_steps_have_a_derivative_by_the_state_is_refused():
+    loss = lambda y0, as_constant: outputs(
+        solve(y0=y0, stepsize_controller=CourantLimit(as_constant))
+    )
+    shape_of = lambda as_constant: jax.eval_shape(
+        jax.grad(lambda y0: loss(y0, as_constant)), Y0
+    )
+    message = r"stepsize_controller.*derivative with respect to the state.*stop_grad"
+    with pytest.raises(NotImplementedError, match=message):
+        shape_of(False)
+    assert shape_of(True).shape == Y0.shape
+    # There is nothing to refuse where nothing is differentiated.
+    assert jax.eval_shape(lambda y0: loss(y0, False), Y0).shape == ()
+
+
 @pytest.mark.parametrize("value", [None, dfx.TextProgressMeter], ids=["None", "class"])
 def test_a_progress_meter_that_is_none_is_refused(value):
     with pytest.raises(TypeError, match=r"ReversibleAdjoint\(progress_meter=.*got"):

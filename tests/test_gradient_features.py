@@ -1,5 +1,7 @@
 """What a field and a state may be: every case against direct differentiation."""
 
+from collections.abc import Callable
+
 import diffrax as dfx
 import equinox as eqx
 import jax
@@ -246,6 +248,50 @@ def test_fields_with_control_flow_and_rules_of_their_own():
 
     loss = lambda adjoint, p: jnp.sum(solve(adjoint, *p, field).ys)
     agree(loss, (Y0, jnp.array([0.5, 1.5])))
+
+
+class Geometric(dfx.AbstractStepSizeController):
+    """A user's own: each step longer than the last by a factor out of `args`."""
+
+    longest: Callable  # closes over arrays
+
+    def wrap(self, direction):
+        return self
+
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        return t0 + dt0, 0.05
+
+    def adapt_step_size(
+        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+    ):
+        dt = jnp.minimum(controller_state * args["growth"], self.longest())
+        return True, t1, t1 + dt, False, dt, dfx.RESULTS.successful
+
+
+@pytest.mark.parametrize(
+    "growths",
+    [
+        pytest.param(1.3, id="one"),
+        pytest.param(jnp.array([1.2, 1.5]), id="vmap", marks=pytest.mark.heavy),
+    ],
+)
+def test_a_controller_may_read_args_and_close_over_what_is_differentiated(growths):
+    field = lambda t, y, args: jnp.sin(t - args["rate"] * y)
+
+    def loss(adjoint, p):
+        y0, rate, growths, longest = p
+        controller = Geometric(lambda: longest)
+        run = lambda growth: (
+            solve(
+                *(adjoint, y0, dict(rate=rate, growth=growth), field),
+                stepsize_controller=controller,
+            ).ys
+        )
+        return jnp.sum((jax.vmap(run)(growths) if growths.ndim else run(growths)) ** 2)
+
+    agree(
+        loss, (jnp.array([0.4]), jnp.array(2.0), jnp.asarray(growths), jnp.array(0.2))
+    )
 
 
 def test_gradient_agrees_with_finite_differences():

@@ -21,7 +21,7 @@ from ._clock import Clock
 from ._compat import NONFINITE
 from ._coupling import Index, Pair
 from ._event import locate
-from ._forward import Forward, run
+from ._forward import Forward, run, run_for_derivative
 from ._guard import detached, forward_only, reverse_only
 from ._lanes import Axes, batch_aware
 from ._observe import add_trees
@@ -71,14 +71,15 @@ def _materialise(like: PyTree, ct: PyTree) -> PyTree[Array]:
 
 
 def _run(parts, setup: Setup, perturbed: PyTree[bool], axes: Axes | None) -> Forward:
-    """`run`, or `run` for each lane."""
+    """The forward pass, or that of each lane."""
+    solve = run if perturbed is None else run_for_derivative
     if axes is None:
-        return run(parts, setup, perturbed=perturbed)
+        return solve(parts, setup, perturbed=perturbed)
     axes_increment = None
     if perturbed is not None:
         axes_increment = eqx.partition(axes.in_axes[0][1], perturbed[1])
     in_lane = ft.partial(
-        run, perturbed=perturbed, axes=axes_increment, axis_name=axes.name
+        solve, perturbed=perturbed, axes=axes_increment, axis_name=axes.name
     )
     vmapped = eqx.filter_vmap(in_lane, in_axes=axes.in_axes, axis_name=axes.name)
     return vmapped(parts, setup)
@@ -382,7 +383,8 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 begins, `TypeError` for a solver that is not [`reversax.Reversible`][], `ValueError` for
 `max_steps=None` where there is something to record. When a state leaves the range of
 its arithmetic, `equinox.EquinoxRuntimeError`. When differentiated,
-`NotImplementedError` in forward mode, and in reverse mode once more;
+`NotImplementedError` in forward mode, in reverse mode once more, and for a controller
+of your own whose steps have a derivative with respect to the state;
 `equinox.EquinoxRuntimeError` for a derivative with respect to times through a returned
 `controller_state`. In the backward pass, `equinox.EquinoxRuntimeError` if the round
 trip exceeds the tolerance. With `throw=False` a solve that itself overflowed gets a

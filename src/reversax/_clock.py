@@ -12,6 +12,9 @@ for each number `x` of the clock that is differentiated, begun with the derivati
 the first step's interval. The cotangent of `x` is then
 
     (JT)   ct_x = sum_k  ct_t0_k dt0_k/dx + ct_t1_k dt1_k/dx
+
+A controller's steps may follow the state only by way of such constants; one whose steps
+have a derivative with respect to the state is refused.
 """
 
 from collections.abc import Callable
@@ -26,8 +29,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
+from ._arithmetic import State
 from ._compat import clip_to_end, prevbefore
-from ._control import Time
+from ._control import Time, depends_on_argument
 
 
 def just_below(t1: Time) -> Time:
@@ -47,6 +51,65 @@ class Clock(eqx.Module):
     controller_state: PyTree
     ts: list[Array | None]
     """The times to save at, for each `SubSaveAt`."""
+
+
+class ClosedController(dfx.AbstractStepSizeController):
+    """A controller with all the arrays that it depends on among its own leaves: what
+    its functions, such as a norm, close over, and the solve's `args`."""
+
+    adapt: Callable
+
+    def wrap(self, direction):
+        raise NotImplementedError  # Done before it is closed.
+
+    def init(self, *args, **kwargs):
+        raise NotImplementedError  # The loop begins with a state that there is already.
+
+    def adapt_step_size(
+        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+    ):
+        del args, error_order  # Closed over.
+        return self.adapt(t0, t1, (y0, y1_candidate, y_error), controller_state)
+
+    def follows_state(self, t0: Time, t1: Time, y0: State, controller_state) -> bool:
+        """Whether the steps have a derivative with respect to the state, begun with
+        these: not if they follow it by way of constants."""
+
+        def next_moment(states):
+            said = self.adapt(t0, t1, states, controller_state)
+            _, next_t0, next_t1, _, state, _ = said
+            return inexact(Moment(jnp.asarray(next_t0), jnp.asarray(next_t1), state))
+
+        moment, pull = jax.vjp(next_moment, (y0, y0, y0))
+        return depends_on_argument(pull, moment)
+
+
+def close_controller(
+    controller: dfx.AbstractStepSizeController,
+    args: PyTree,
+    error_order: Any,
+    moment: "Moment",
+    y0: State,
+) -> tuple[ClosedController, PyTree]:
+    """The controller, closed over all that it depends on but the times of a step, the
+    states at its ends, its error (which has the structure and dtypes of a state) and
+    the controller's own state; and that state as arrays. `moment` is the first."""
+
+    def adapt(t0, t1, states, controller_state):
+        y0, y1, y_error = states
+        return controller.adapt_step_size(
+            t0, t1, y0, y1, args, y_error, error_order, controller_state
+        )
+
+    first = moment.t0, moment.t1, (y0, y0, y0)
+    # The first state may be of Python scalars: what a loop makes of these is up to the
+    # next one.
+    *_, after, _ = eqx.filter_eval_shape(adapt, *first, moment.controller_state)
+    as_array = lambda x, later: (
+        x if eqx.is_array(x) else jnp.asarray(x, jnp.result_type(later))
+    )
+    state = jtu.tree_map(as_array, moment.controller_state, after)
+    return ClosedController(eqx.filter_closure_convert(adapt, *first, state)), state
 
 
 def pull_through(fn: Callable, clock: Clock, other: Clock, ct: PyTree) -> Clock:

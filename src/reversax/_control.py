@@ -16,6 +16,7 @@ A solver that takes its own steps asks the terms for the control itself. It is g
 turns time around where `t1 < t0`, but changes the sign of `H` too.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import diffrax as dfx
@@ -144,21 +145,25 @@ def controls_of(terms: PyTree[dfx.AbstractTerm], t0: Time, t1: Time) -> list[Con
     return [_control_of(term, t0, t1) for term in leaves]
 
 
+def depends_on_argument(fn: Callable, x: PyTree[Array]) -> bool:
+    """Whether `fn(x)` depends on `x`: whether its program reads it, so that what only
+    seems to depend on it, as `0 * x + 1` does, counts as what does."""
+    closed = jax.make_jaxpr(fn)(x)
+    read = set(closed.jaxpr.invars)
+    for equation in closed.jaxpr.eqns:
+        if any(v in read for v in equation.invars if not hasattr(v, "val")):
+            read.update(equation.outvars)
+    return any(v in read for v in closed.jaxpr.outvars if not hasattr(v, "val"))
+
+
 def noise_is_additive(
     terms: PyTree[dfx.AbstractTerm], t0: Time, y0: PyTree[Array], args: PyTree
 ) -> bool:
-    """Whether what Brownian paths are multiplied by is independent of the state: of
-    what its program reads, so that a field that only seems to depend on the state, as
-    `0 * y + 1` does, counts as one that does."""
+    """Whether what Brownian paths are multiplied by is independent of the state."""
 
     def depends(term) -> bool:
         driven = lambda y: term.vf_prod(t0, y, args, term.contr(t0, t0))
-        closed = jax.make_jaxpr(driven)(y0)
-        read = set(closed.jaxpr.invars)
-        for equation in closed.jaxpr.eqns:
-            if any(v in read for v in equation.invars if not hasattr(v, "val")):
-                read.update(equation.outvars)
-        return any(v in read for v in closed.jaxpr.outvars if not hasattr(v, "val"))
+        return depends_on_argument(driven, y0)
 
     leaves = jtu.tree_leaves(terms, is_leaf=_is_single_term)
     return not any(depends(term) for term in leaves if _has_brownian_control(term))

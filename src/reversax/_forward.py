@@ -8,14 +8,14 @@ import diffrax as dfx
 import equinox as eqx
 from jaxtyping import PyTree
 
-from ._clock import Clock, Sensitivity, any_of
+from ._clock import Clock, ClosedController, Sensitivity, any_of
 from ._compat import NONFINITE, integration_loop, while_loop
 from ._coupling import Pair
 from ._event import reading_out
 from ._increment import AbstractIncrement
 from ._pair import Scheme
 from ._psi import Psi
-from ._setup import Setup, saveat_with
+from ._setup import CALL, Setup, saveat_with
 from ._solver import ClosedSolver, Interpolated, TwinState, is_finite
 from ._tape import (
     AbstractTimes,
@@ -91,6 +91,33 @@ def run(
         progress_meter=setup.progress_meter,
     )
     return _taken_apart(final_state, aux_stats, scheme)
+
+
+def run_for_derivative(
+    parts: tuple[Pair, AbstractIncrement, list, Clock], setup: Setup, **kwargs
+) -> Forward:
+    """`run`, where a derivative is to follow.
+
+    **Raises:** `NotImplementedError` if that would lack a part.
+    """
+    pair0, _, _, clock = parts
+    controller, moment = clock.controller, (clock.t0, clock.first_end)
+    y0 = setup.scheme.readout(pair0)
+    if isinstance(controller, ClosedController) and controller.follows_state(
+        *moment, y0, clock.controller_state
+    ):
+        raise NotImplementedError(_FOLLOWS_STATE)
+    return run(parts, setup, **kwargs)
+
+
+_FOLLOWS_STATE = (
+    f"{CALL} was differentiated, and the sizes of its steps, as its "
+    "`stepsize_controller` chooses them, have a derivative with respect to the state. "
+    "It takes them for constants, as Diffrax's own controllers do. Do so in the "
+    "controller (`jax.lax.stop_gradient` of what is computed from `y0`, `y1_candidate` "
+    "or `y_error`), or use `adjoint=diffrax.RecursiveCheckpointAdjoint()` with the "
+    "same solver."
+)
 
 
 def _recorder(setup: Setup, clock: Clock, varied: PyTree[bool]) -> Recorder:

@@ -216,6 +216,7 @@ def error_estimate(increments: State, error: State | None, watches_gap: bool) ->
     gap = jtu.tree_map(lambda x: jnp.abs(x[0] + x[1]), increments)  # (E)
     if error is None:
         return gap
+    error = jtu.tree_map(lambda e, g: jnp.asarray(e, g.dtype), error, gap)
     if not watches_gap:
         return error
     return jtu.tree_map(lambda e, g: jnp.abs(e) + g, error, gap)

@@ -20,10 +20,10 @@ import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from ._arithmetic import State
-from ._clock import Clock, just_below
+from ._clock import Clock, Moment, close_controller, just_below
 from ._control import Time
 from ._event import close_event, without_derivatives
 from ._increment import make_increment
@@ -203,12 +203,15 @@ def set_up(
     state = _first_state(scheme, y0, init_state.solver_state, passed_solver_state)
     increment = make_increment(solver.solver, terms, args).close(t0, y0)
     fns = [close_fn(sub, args, t0, y0) for sub in _subs(saveat)]
-    clock = _clock(t0, _finite(t1, event), controller, init_state, saveat)
+    error_order = solver.error_order(terms)
+    moment = Moment(t0, init_state.tnext, init_state.controller_state)
+    reads = args, error_order, moment, y0
+    clock = _clock(_finite(t1, event), controller, reads, saveat)
     located = event is not None and event.root_finder is not None
     dense = saveat.dense or located or any(ts is not None for ts in clock.ts)
     if event is not None:
         known = dict(terms=terms, solver=solver, t0=t0, t1=t1, dt0=dt0, saveat=saveat)
-        known.update(stepsize_controller=controller, max_steps=max_steps)
+        known.update(stepsize_controller=stepsize_controller, max_steps=max_steps)
         event = close_event(event, known, args, t0, y0)
         init_state = without_derivatives(init_state, y0, dense)
     every = _restart_every(restart_every, scheme, y0, max_steps, round_trip_tolerance)
@@ -217,7 +220,7 @@ def set_up(
     return (state.pair, increment, fns, clock), Setup(
         plan=plan,
         base_interpolation_cls=solver.solver.interpolation_cls,
-        error_order=solver.error_order(terms),
+        error_order=error_order,
         error=not prescribes_times(controller),
         dense=dense,
         saveat=_without_arrays(saveat, located),
@@ -232,13 +235,23 @@ def set_up(
     )
 
 
-def _clock(t0, t1, controller, init_state: Any, saveat: dfx.SaveAt) -> Clock:
+def _clock(
+    t1: Array,
+    controller: dfx.AbstractStepSizeController,
+    reads: tuple[PyTree, Any, Moment, State],
+    saveat: dfx.SaveAt,
+) -> Clock:
+    """The clock; `reads` is what a controller may depend on beside its own."""
+    _, _, moment, _ = reads
+    first_state = moment.controller_state
+    if not prescribes_times(controller):
+        controller, first_state = close_controller(controller, *reads)
     return Clock(
-        t0=t0,
+        t0=moment.t0,
         t1=t1,
-        first_end=init_state.tnext,
+        first_end=moment.t1,
         controller=controller,
-        controller_state=init_state.controller_state,
+        controller_state=first_state,
         ts=[sub.ts for sub in _subs(saveat)],
     )
 
