@@ -1,0 +1,75 @@
+"""The documentation: its programs run, and no public name is missing.
+
+That its links and references lead somewhere, `mkdocs build --strict` checks (.ci/run).
+"""
+
+import ast
+import inspect
+import re
+import textwrap
+from pathlib import Path
+
+import jax
+import pytest
+
+import reversax
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+FENCED = re.compile(r"^( *)```python\n(.*?)\n\1```$", re.MULTILINE | re.DOTALL)
+
+
+def programs_of(page):
+    """The blocks of Python of a page, each with its lines where they are in the page.
+    (What comes from `examples/`, which test_examples.py runs, is fenced otherwise.)"""
+    text = page.read_text()
+    lines_before = lambda found: text[: found.start(2)].count("\n")
+    return [
+        "\n" * lines_before(found) + textwrap.dedent(found[2])
+        for found in FENCED.finditer(text)
+    ]
+
+
+def imports_of(source):
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return names
+
+
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+WITH_PROGRAMS = [page for page in PAGES if programs_of(page)]
+by_path = lambda page: str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", WITH_PROGRAMS, ids=by_path)
+def test_programs_of_a_page_run_one_after_the_other(page):
+    """As a reader would run them, in single precision. Those for PyTorch, which is not
+    installed for the tests, are compiled only."""
+    namespace = {}
+    for source in programs_of(page):
+        program = compile(source, str(page), "exec")
+        if "torch" not in imports_of(source):
+            with jax.enable_x64(False):
+                exec(program, namespace)
+    assert "rvx" in namespace
+
+
+def test_readme_and_the_pages_for_every_user_have_programs():
+    names = {by_path(page) for page in WITH_PROGRAMS}
+    migrating = {f"docs/migrating/{n}.md" for n in ("diffrax", "torchdiffeq")}
+    assert {"README.md", "docs/getting_started.md", "docs/faq.md"} | migrating <= names
+
+
+def test_every_public_name_has_an_entry_and_every_entry_is_public():
+    public = {
+        name
+        for name, value in vars(reversax).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    text = (DOCS / "api.md").read_text()
+    entries = re.findall(r"^::: reversax\.(\w+)$", text, re.MULTILINE)
+    assert sorted(entries) == sorted(public)
