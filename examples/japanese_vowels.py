@@ -8,7 +8,8 @@ its last frame an utterance stands still, so that `dX = 0` and the state stays.
 
 Three models are trained from three seeds. Their sizes, the scale of the field and the
 noise on the training data were chosen by three-fold cross-validation among the training
-data, whose accuracy was 0.97. The test data were not used to choose anything.
+data, whose accuracy was 0.97. The test data were not used to choose anything; there
+the mean accuracy of the three models is 0.977.
 
 Every gradient of the training comes from `reversax.ReversibleAdjoint`, a whole batch in
 one solve, with one step of reversible Euler, of second order, from each frame to the
@@ -101,10 +102,11 @@ def fit(training: Utterances, seed: int, steps: int, console: Console) -> Neural
 
 
 def probabilities(
-    model: NeuralCDE, utterances: Utterances, saveat: diffrax.SaveAt
-) -> Float[np.ndarray, "times series speakers"]:
+    model: NeuralCDE, utterances: Utterances
+) -> Float[np.ndarray, "frames series speakers"]:
+    """As each utterance is heard: the last are those of the whole."""
     run = eqx.filter_jit(solve)
-    scores = run(model, jnp.asarray(utterances.values), saveat=saveat)
+    scores = run(model, jnp.asarray(utterances.values), saveat=EACH_FRAME)
     return np.asarray(jax.nn.softmax(scores))
 
 
@@ -166,9 +168,15 @@ def compare_ways(
 
 
 def measure_memory(
-    model: NeuralCDE, data: Utterances, steps_a_frame: Sequence[int], console: Console
+    model: NeuralCDE,
+    data: Utterances,
+    steps_a_frame: Sequence[int],
+    measured: dict[str, Measured],
+    timed: int,
+    console: Console,
 ) -> tuple[list[int], dict[str, list[int]]]:
-    """Numbers of steps, and compiled temporary bytes at each; nothing is run."""
+    """Numbers of steps, and compiled temporary bytes at each; nothing is run. Those of
+    `timed` steps a frame have been measured."""
     num_steps = [n * (data.values.shape[1] - 1) for n in steps_a_frame]
     columns = {name: [] for name in MEMORY_STYLES}
     table = Table(title="Temporary memory of the compiled gradient, bytes")
@@ -180,6 +188,9 @@ def measure_memory(
             store = diffrax.RecursiveCheckpointAdjoint(checkpoints=total)
             ways = WAYS | {STORED: Way(diffrax.Heun(), store)}
             for name, column in columns.items():
+                if each == timed and name in measured:
+                    column.append(measured[name].bytes)
+                    continue
                 gradient, arrays = gradient_by(model, each, ways[name])
                 lowered = jax.jit(gradient).lower(arrays, data.values, data.speakers)
                 column.append(temporary_bytes(lowered.compile()))
@@ -191,15 +202,14 @@ def measure_memory(
 
 def plot_scores(
     data: Utterances,
-    ends: Float[np.ndarray, "series speakers"],
-    courses: Float[np.ndarray, "frames series speakers"],
+    heard: Float[np.ndarray, "frames series speakers"],
     path: Path,
 ) -> None:
     """Who was taken for whom, and how one utterance was recognised."""
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     confusion = np.zeros((NUM_SPEAKERS, NUM_SPEAKERS), int)
-    np.add.at(confusion, (data.speakers, ends.argmax(axis=1)), 1)
+    np.add.at(confusion, (data.speakers, heard[-1].argmax(axis=1)), 1)
     share = confusion / confusion.sum(axis=1, keepdims=True)
     left.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for (i, j), count in np.ndenumerate(confusion):
@@ -214,7 +224,7 @@ def plot_scores(
     left.set_title("Test utterances, first seed")
 
     longest = int(data.lengths.argmax())
-    course = courses[: data.lengths[longest], longest]
+    course = heard[: data.lengths[longest], longest]
     speaker = int(data.speakers[longest])
     others = np.argsort(-course.max(axis=0))
     others = [s for s in others if s != speaker]
@@ -256,25 +266,30 @@ def main() -> None:
     arguments = parse_arguments(
         "Tell nine speakers apart by a neural CDE.",
         steps=1000,
-        quick="three steps of training of one seed, and few steps of the solver",
+        quick="three steps of training of one seed, on few data",
     )
     console = Console()
     steps, seeds, steps_a_frame = arguments.steps, SEEDS, STEPS_A_FRAME
     timed = TIMED_STEPS_A_FRAME
     if arguments.quick:
-        steps, seeds, steps_a_frame = 3, SEEDS[:1], STEPS_A_FRAME[1:2]
-        timed = 4
+        steps, seeds, steps_a_frame, timed = 3, SEEDS[:1], STEPS_A_FRAME[:1], 1
     training, test = load_utterances()
+    if arguments.quick:  # A few utterances of each speaker.
+        training, test = (
+            Utterances(*(x[::9] for x in part)) for part in (training, test)
+        )
 
     models = [fit(training, seed, steps, console) for seed in seeds]
-    ends = [probabilities(model, test, diffrax.SaveAt(t1=True))[-1] for model in models]
-    correct = [float(np.mean(p.argmax(axis=1) == test.speakers)) for p in ends]
+    heard = [probabilities(model, test) for model in models]
+    right = [p[-1].argmax(axis=1) == test.speakers for p in heard]
+    correct = [float(np.mean(each)) for each in right]
 
-    compare_ways(models[0], training, timed, console)
-    num_steps, columns = measure_memory(models[0], training, steps_a_frame, console)
-    courses = probabilities(models[0], test, EACH_FRAME)
+    measured = compare_ways(models[0], training, timed, console)
+    num_steps, columns = measure_memory(
+        models[0], training, steps_a_frame, measured, timed, console
+    )
     out = arguments.out
-    plot_scores(test, ends[0], courses, out / "japanese_vowels_scores.png")
+    plot_scores(test, heard[0], out / "japanese_vowels_scores.png")
     plot_memory(num_steps, columns, out / "japanese_vowels_memory.png")
     listed = ", ".join(f"{c:.3f}" for c in correct)
     print(f"Test accuracy: {listed}, mean {np.mean(correct):.3f}; figures in {out}")

@@ -22,7 +22,7 @@ It shows how to train, not how lynx live: there are more parameters than observa
 The packages it needs come with the extra `examples`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,13 +36,15 @@ from common import (
     BLUE,
     GREEN,
     ORANGE,
+    Measured,
     label,
+    measure,
     parse_arguments,
+    show_measured,
     temporary_bytes,
     train,
 )
 from jax.flatten_util import ravel_pytree
-from jax.stages import Compiled
 from jaxtyping import Array, Float, PRNGKeyArray
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -67,7 +69,7 @@ BASE = diffrax.Bosh3()  # Third order is ample for such steps, and quick to comp
 REVERSIBLE = reversax.Reversible(
     BASE, coupling=reversax.McCallumFoster(coupling_parameter=0.99999)
 )
-REVERSIBLE_ADJOINT = reversax.ReversibleAdjoint()
+REVERSED = reversax.ReversibleAdjoint()
 
 
 class Pelts(NamedTuple):
@@ -121,7 +123,7 @@ def solve(
     ts: Float[np.ndarray, " times"],
     num_steps: int,
     solver: diffrax.AbstractSolver = REVERSIBLE,
-    adjoint: diffrax.AbstractAdjoint = REVERSIBLE_ADJOINT,
+    adjoint: diffrax.AbstractAdjoint = REVERSED,
 ) -> Float[Array, "times species"]:
     """The logarithms of both populations at the times `ts`, in years."""
     solution = diffrax.diffeqsolve(
@@ -171,59 +173,86 @@ def fit(
 
 
 class Way(NamedTuple):
-    """A way to the gradient, whose memory is measured."""
+    """A way to the gradient."""
 
-    name: str
     solver: diffrax.AbstractSolver
-    adjoint: Callable[[int], diffrax.AbstractAdjoint]
-    """Given the number of steps."""
-    style: str
-    colour: str
+    adjoint: diffrax.AbstractAdjoint
 
 
-WAYS = (
-    Way(
-        "every step stored (base solver)",
-        BASE,
-        lambda num_steps: diffrax.RecursiveCheckpointAdjoint(checkpoints=num_steps),
-        "s:",
-        GREEN,
-    ),
-    Way(
-        "checkpointed (base solver)",
-        BASE,
-        lambda num_steps: diffrax.RecursiveCheckpointAdjoint(),
-        "^--",
-        BLUE,
-    ),
-    Way(
-        "reversed (reversible solver)",
-        REVERSIBLE,
-        lambda num_steps: REVERSIBLE_ADJOINT,
-        "o-",
-        ORANGE,
-    ),
-)
+CHECKPOINTED = diffrax.RecursiveCheckpointAdjoint()
+OURS = "reversible, reversed"
+SAME = "reversible, checkpointed"
+PLAIN = "Bosh3, checkpointed"
+STORED = "Bosh3, every step stored"
+WAYS = {
+    OURS: Way(REVERSIBLE, REVERSED),
+    SAME: Way(REVERSIBLE, CHECKPOINTED),
+    PLAIN: Way(BASE, CHECKPOINTED),
+}
+MEMORY_STYLES = {
+    OURS: ("o-", ORANGE),
+    PLAIN: ("^--", BLUE),
+    STORED: ("s:", GREEN),
+}
 
 
-def compile_gradient(
-    model: PredatorPrey, pelts: Pelts, num_steps: int, *how
-) -> Compiled:
-    """The gradient of the loss as a compiled program; `how`: see `solve`."""
-    arrays, static = eqx.partition(model, eqx.is_array)
-    loss = lambda arrays: loss_fn(eqx.combine(arrays, static), pelts, num_steps, *how)
-    return jax.jit(jax.grad(loss)).lower(arrays).compile()
+def gradient_by(model: PredatorPrey, pelts: Pelts, num_steps: int, way: Way):
+    """The loss and its gradient, as a function of the model's arrays."""
+    _, static = eqx.partition(model, eqx.is_array)
+    loss = lambda arrays: loss_fn(eqx.combine(arrays, static), pelts, num_steps, *way)
+    return jax.value_and_grad(loss)
 
 
-def compare_gradients(
-    model: PredatorPrey, pelts: Pelts, num_steps: int, reversible: Compiled
-) -> float:
-    """How far the reversible gradient is from the checkpointed one, relative to it."""
-    how = REVERSIBLE, diffrax.RecursiveCheckpointAdjoint()
-    checkpointed = compile_gradient(model, pelts, num_steps, *how)
+def compare_ways(
+    model: PredatorPrey, pelts: Pelts, num_steps: int, console: Console
+) -> dict[str, Measured]:
+    """Measures gradients, checks ours, and prints the table."""
+    ways = {
+        name: gradient_by(model, pelts, num_steps, way) for name, way in WAYS.items()
+    }
+    with console.status("Measuring gradients of many steps"):
+        measured = measure(ways, eqx.filter(model, eqx.is_array))
+    ours, same = (ravel_pytree(measured[name].gradient)[0] for name in (OURS, SAME))
+    difference = float(jnp.linalg.norm(ours - same) / jnp.linalg.norm(same))
+    print(
+        f"Gradient check at {num_steps} steps: relative difference "
+        f"{difference:.1e} (bound {GRADIENT_BOUND:.0e})"
+    )
+    if not difference <= GRADIENT_BOUND:
+        raise RuntimeError("The two gradients of the same solver differ.")
+    show_measured(f"A gradient of {num_steps} steps", measured, console)
+    return measured
+
+
+def measure_memory(
+    model: PredatorPrey,
+    pelts: Pelts,
+    all_num_steps: Sequence[int],
+    measured: dict[str, Measured],
+    console: Console,
+) -> dict[str, list[int]]:
+    """Compiled temporary bytes for each number of steps, of which the last has been
+    measured; nothing is run."""
     arrays = eqx.filter(model, eqx.is_array)
-    got, expected = (ravel_pytree(f(arrays))[0] for f in (reversible, checkpointed))
-    return float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected))
+    table = Table(title="Temporary memory of the compiled gradient, bytes")
+    table.add_column("steps", justify="right")
+    for name in MEMORY_STYLES:
+        table.add_column(name, justify="right")
+    columns = {name: [] for name in MEMORY_STYLES}
+    with console.status("Compiling gradients"):
+        for n in all_num_steps:
+            store = diffrax.RecursiveCheckpointAdjoint(checkpoints=n)
+            ways = WAYS | {STORED: Way(BASE, store)}
+            for name, column in columns.items():
+                if n == all_num_steps[-1] and name in measured:
+                    column.append(measured[name].bytes)
+                else:
+                    gradient = jax.jit(gradient_by(model, pelts, n, ways[name]))
+                    column.append(temporary_bytes(gradient.lower(arrays).compile()))
+            row = [column[-1] for column in columns.values()]
+            table.add_row(f"{n:,}", *(f"{entry:,}" for entry in row))
+    console.print(table)
+    return columns
 
 
 def plot_fit(pelts: Pelts, ts: np.ndarray, fit: np.ndarray, path: Path) -> None:
@@ -240,28 +269,20 @@ def plot_fit(pelts: Pelts, ts: np.ndarray, fit: np.ndarray, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def plot_memory(num_steps: Sequence[int], table: np.ndarray, path: Path) -> None:
+def plot_memory(
+    num_steps: Sequence[int], columns: dict[str, list[int]], path: Path
+) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for way, column in zip(WAYS, table.T, strict=True):
-        style, colour = way.style, way.colour
-        axes.plot(num_steps, column / 1024, style, color=colour, label=way.name)
+    for name, (style, colour) in MEMORY_STYLES.items():
+        kilobytes = np.array(columns[name]) / 1e3
+        axes.plot(num_steps, kilobytes, style, color=colour, label=name)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(num_steps, [str(n) for n in num_steps])
-    label(axes, "number of steps over the twenty years", "temporary memory (KiB)")
+    axes.set_xticks(num_steps, [f"{n:,}" for n in num_steps])
+    label(axes, "number of steps over the twenty years", "temporary memory (kB)")
     axes.set_title("Memory of the compiled gradient of the loss")
     figure.savefig(path, dpi=150)
-
-
-def show_memory(num_steps: Sequence[int], table: np.ndarray, console: Console) -> None:
-    printed = Table(title="Temporary memory of the compiled gradient, bytes")
-    printed.add_column("steps", justify="right")
-    for way in WAYS:
-        printed.add_column(way.name, justify="right")
-    for n, row in zip(num_steps, table, strict=True):
-        printed.add_row(str(n), *(f"{entry:,}" for entry in row))
-    console.print(printed)
 
 
 def main() -> None:
@@ -280,24 +301,14 @@ def main() -> None:
     model = PredatorPrey(pelts.log[0], key=jax.random.key(0))
     model, loss = fit(model, pelts, steps, console)
 
-    with console.status("Compiling gradients to compare and measure them"):
-        programs = [
-            [compile_gradient(model, pelts, n, w.solver, w.adjoint(n)) for w in WAYS]
-            for n in num_steps
-        ]
-        difference = compare_gradients(model, pelts, num_steps[-1], programs[-1][-1])
-    print(
-        f"Gradient check at {num_steps[-1]} steps: relative difference "
-        f"{difference:.1e} (bound {GRADIENT_BOUND:.0e})"
-    )
-    table = np.array([[temporary_bytes(p) for p in row] for row in programs])
-    show_memory(num_steps, table, console)
+    measured = compare_ways(model, pelts, num_steps[-1], console)
+    columns = measure_memory(model, pelts, num_steps, measured, console)
 
     ts = np.linspace(pelts.years[0], pelts.years[-1], 30 * (len(pelts.years) - 1) + 1)
     curves = np.asarray(solve(model, ts, TRAINING_NUM_STEPS))
     rmse = np.sqrt(np.mean((curves[::30] - pelts.log) ** 2, axis=0))
     plot_fit(pelts, ts, curves, arguments.out / "lynx_hare_fit.png")
-    plot_memory(num_steps, table, arguments.out / "lynx_hare_memory.png")
+    plot_memory(num_steps, columns, arguments.out / "lynx_hare_memory.png")
     print(
         f"Loss {loss:.4f}, RMSE in log pelts: hare {rmse[0]:.3f}, lynx {rmse[1]:.3f}; "
         f"figures in {arguments.out}"

@@ -39,14 +39,11 @@ def deviations_of(days: Float[np.ndarray, "days 24"]) -> Deviations:
     return Deviations(mean, scale, (days - mean) / scale)
 
 
-def fit_autoregression(values: Float[np.ndarray, "days 24"], order: int):
-    """By least squares; the hours after the first `LONGEST` are the targets.
-
-    The same hours for each order, so that Akaike's criterion compares like with like.
-    """
+def fit_autoregression(values: Float[np.ndarray, "days 24"], order: int, first: int):
+    """By least squares; the hours from `first` on are the targets."""
     hours = values.shape[1]
-    lags = [values[:, LONGEST - k : hours - k].ravel() for k in range(1, order + 1)]
-    return OLS(values[:, LONGEST:].ravel(), np.column_stack(lags)).fit()
+    lags = [values[:, first - k : hours - k].ravel() for k in range(1, order + 1)]
+    return OLS(values[:, first:].ravel(), np.column_stack(lags)).fit()
 
 
 def make_autoregressive(
@@ -54,12 +51,11 @@ def make_autoregressive(
 ) -> tuple[int, Float[np.ndarray, "count 24"]]:
     """The order, Akaike's if `None`, and days that the autoregression generates."""
     deviations = deviations_of(days)
-    fits = {
-        p: fit_autoregression(deviations.values, p)
-        for p in (range(1, LONGEST + 1) if order is None else (order,))
-    }
-    order = min(fits, key=lambda p: fits[p].aic)
-    fitted = fits[order]
+    if order is None:
+        # Of the same hours for each order, so that like is compared with like.
+        criterion = lambda p: fit_autoregression(deviations.values, p, LONGEST).aic
+        order = min(range(1, LONGEST + 1), key=criterion)
+    fitted = fit_autoregression(deviations.values, order, first=order)
     noise = np.random.default_rng(0)
     first = np.cov(deviations.values[:, :order].T).reshape(order, order)
     made = noise.multivariate_normal(np.zeros(order), first, count)

@@ -58,6 +58,9 @@ from neural_sde import (
 )
 from power_data import Days, load_days, make_autoregressive
 from rich.console import Console
+from rich.table import Table
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.model_selection import StratifiedKFold, cross_val_score
 
 HOURS = 24
 # In single precision, of sums over many steps.
@@ -75,13 +78,15 @@ class Setting(NamedTuple):
     """How many days are generated, and looked at, in a step of training."""
     generated: int
     """How many a score is computed from."""
+    trees: int
+    """Of the forest that is to tell them from real ones."""
     seeds: int
     num_steps: tuple[int, ...]
     """Where the memory is measured; time at the last."""
 
 
-FULL = Setting(8, 64, 256, 2048, 2, (256, 1024, 4096))
-QUICK = Setting(3, 8, 16, 64, 1, (64,))
+FULL = Setting(8, 64, 256, 2048, 300, 2, (256, 1024, 4096))
+QUICK = Setting(3, 8, 16, 64, 5, 1, (64,))
 
 
 def fit(
@@ -115,23 +120,19 @@ def fit(
     return generator
 
 
-def score_baselines(
-    days: Days, count: int
-) -> tuple[dict[str, float], Float[np.ndarray, "count 24"]]:
-    """Held-out energy distances, and the days of the AR."""
+def make_baselines(days: Days, count: int) -> dict[str, Float[np.ndarray, "count 24"]]:
+    """The days that other models of the same days generate, and real ones."""
     order, autoregressive = make_autoregressive(days.seen, None, count)
     _, ornstein_uhlenbeck = make_autoregressive(days.seen, 1, count)
     normal = np.random.default_rng(0).multivariate_normal(
         days.seen.mean(0), np.cov(days.seen.T), count
     )
-    made = {
+    return {
         "Ornstein-Uhlenbeck": ornstein_uhlenbeck,
         f"AR({order})": autoregressive,
         "normal, full covariance": normal,
         "real days, seen": days.seen,
     }
-    scores = {name: score(each, days.held_out) for name, each in made.items()}
-    return scores, autoregressive
 
 
 score_compiled = jax.jit(energy_distance)
@@ -141,6 +142,30 @@ def score(made, held_out) -> float:
     return float(score_compiled(jnp.asarray(made, jnp.float32), held_out))
 
 
+def told_apart(made, held_out, trees: int) -> float:
+    """How often a forest of trees tells generated days from as many held out, of the
+    ones it was not shown: a half, if it can only guess."""
+    count = min(len(made), len(held_out))
+    rows = np.concatenate([np.asarray(made)[:count], held_out[:count]])
+    is_real = np.repeat([False, True], count)
+    folds = StratifiedKFold(5, shuffle=True, random_state=0)
+    forest = RandomForestClassifier(trees, random_state=0)
+    return float(cross_val_score(forest, rows, is_real, cv=folds).mean())
+
+
+def show_scores(
+    scores: dict[str, float], apart: dict[str, float], console: Console
+) -> None:
+    table = Table(title="Generated days beside those held out; less is better")
+    table.add_column("model")
+    for column in ("energy distance", "told apart by a forest"):
+        table.add_column(column, justify="right")
+    for name in scores:
+        table.add_row(name, f"{scores[name]:.4f}", f"{100 * apart[name]:.0f} %")
+    console.print(table)
+
+
+SDE = "neural SDE, mean of seeds"
 SAME, PLAIN = "reversible, checkpointed", "Heun, checkpointed"
 OURS = "reversible, reversed"
 WAYS: dict[str, Callable[[int], Solver]] = {
@@ -260,29 +285,35 @@ def main() -> None:
     if arguments.quick:
         setting, steps = QUICK, 2
     days = load_days()
-    scores, autoregressive = score_baselines(days, setting.generated)
+    baselines = make_baselines(days, setting.generated)
     make = eqx.filter_jit(generate)
     generators, ours = [], []
     for seed in range(setting.seeds):
         generators.append(fit(days.seen, setting, steps, seed, console))
         key = jax.random.key(seed)
-        made = make(generators[-1], setting.generated, HOURS, key, TRAINING)
-        ours.append(score(made, days.held_out))
+        ours.append(make(generators[-1], setting.generated, HOURS, key, TRAINING))
     # That the equation was learned, and not the steps it was trained with.
     finer = Solver(4 * TRAINING.num_steps)
     generated = make(generators[0], setting.generated, HOURS, jax.random.key(0), finer)
-    scores = {"neural SDE, mean of seeds": float(np.mean(ours)), **scores}
 
+    of_each = [score(made, days.held_out) for made in ours]
+    scores, apart = {}, {}
+    for name, all_made in {SDE: ours} | {k: [v] for k, v in baselines.items()}.items():
+        scores[name] = np.mean([score(made, days.held_out) for made in all_made])
+        apart[name] = np.mean(
+            [told_apart(made, days.held_out, setting.trees) for made in all_made]
+        )
+    show_scores(scores, apart, console)
     columns = compare_ways(generators[0], days, setting, console)
     panels = {
         "real days, held out": days.held_out,
         "neural SDE": generated,
-        "autoregression": autoregressive,
+        "autoregression": next(v for k, v in baselines.items() if k.startswith("AR")),
     }
     out = arguments.out
     plot_days(panels, scores, out / "power_demand_days.png")
     plot_memory(setting.num_steps, columns, out / "power_demand_memory.png")
-    listed = ", ".join(f"{one:.4f}" for one in ours)
+    listed = ", ".join(f"{one:.4f}" for one in of_each)
     print(
         f"Neural SDE's seeds: {listed}; by four times the steps, the first has "
         f"{score(generated, days.held_out):.4f}; figures in {out}"

@@ -31,7 +31,7 @@ and memory. Reversible Euler is of second order and has the cost and the error o
 method. But Heun's alone is also stable at longer steps: where the last row's error is
 small enough, checkpointing is the cheaper.
 
-    python examples/reaction_diffusion.py            # five minutes on two cores
+    python examples/reaction_diffusion.py            # six minutes on two cores
     python examples/reaction_diffusion.py --quick    # small, hardly trained
 
 The packages it needs come with the extra `examples`.
@@ -80,6 +80,7 @@ from gray_scott import (
 )
 from jaxtyping import Float
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
@@ -279,7 +280,7 @@ def plot_fields(
     setting: Setting,
     path: Path,
 ) -> None:
-    figure = Figure(figsize=(11, 8.5), layout="constrained")
+    figure = Figure(figsize=(11, 8), layout="constrained")
     time, seen_until = setting.held_out[-1], setting.training[-1]
     panels = figure.subplot_mosaic(
         [["true", "learned", "difference"], ["path"] * 3], height_ratios=(1.3, 1)
@@ -300,12 +301,8 @@ def plot_fields(
         )
         one.set_title(title, fontsize=12)
         one.set_xlabel("x / dx", fontsize=11)
-        figure.colorbar(
-            image,
-            ax=one,
-            location="bottom",
-            shrink=0.9,
-        )
+        ticks = MaxNLocator(4)  # More would touch each other.
+        figure.colorbar(image, ax=one, location="bottom", shrink=0.9, ticks=ticks)
     axes[0].set_ylabel("y / dx", fontsize=11)
     figure.suptitle(
         f"Concentration v at t = {time:.0f}; the model saw t ≤ {seen_until:.0f}",
