@@ -75,7 +75,7 @@ class Setting(NamedTuple):
 
     name: str
     num_steps: int
-    """Of a solve in training; in evaluation there are four times as many."""
+    """Of a solve in training."""
     hutchinson: bool
     noise: float
     """What is added to each coordinate of the data, in training."""
@@ -85,6 +85,12 @@ class Setting(NamedTuple):
     width: int = 64
     depth: int = 2
     batch: int = 256
+    finer: int = 4
+    """For so many steps in evaluation there is one in training."""
+
+    @property
+    def evaluation_steps(self) -> int:
+        return self.finer * self.num_steps
 
 
 SPIRALS = Setting("spirals", 16, False, 0.02, 0.03, 1e-2, 2)
@@ -92,8 +98,10 @@ DIGITS = Setting("digits", 10, True, 0.15, 0.1, 3e-3, 3)
 AVERAGE = 0.99  # How much of the averaged weights each update keeps.
 CHECK_EVERY = 50  # Updates between looks at the validation rows.
 CHUNK = 500  # Rows that are scored at once.
-FINER = 4  # For so many steps in evaluation there is one in training.
+MEASURED_ROWS = 256
 MEMORY_STEPS = (16, 64, 256, 1024)
+COMPONENTS = (1, 2, 4, 6, 8, 10, 12, 15, 20, 25, 30, 35, 40)
+QUICK = dict(num_steps=2, seeds=1, width=8, depth=1, batch=16, finer=1)
 
 
 class Training(NamedTuple):
@@ -163,7 +171,7 @@ def train_flow(
         nonlocal best
         state, loss = update(state, step)
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
-            finer = FINER * setting.num_steps
+            finer = setting.evaluation_steps
             score = scores(state.average, data.validation, finer).mean()
             best = max(best, (score, state.average), key=lambda pair: pair[0])
         return state, loss
@@ -185,15 +193,18 @@ class Result(NamedTuple):
 
 
 def compare_with_mixture(
-    setting: Setting, data: Split, steps: int, quick: bool, console: Console
+    setting: Setting,
+    data: Split,
+    steps: int,
+    components: Sequence[int],
+    restarts: int,
+    console: Console,
 ) -> Result:
-    components = (1, 8) if quick else (1, 2, 4, 6, 8, 10, 12, 15, 20, 25, 30, 35, 40)
     with console.status(f"Choosing a mixture of Gaussians for the {setting.name}"):
-        mixture = choose_mixture(data, components, restarts=1 if quick else 5)
-    seeds = range(1 if quick else setting.seeds)
+        mixture = choose_mixture(data, components, restarts)
+    seeds = range(setting.seeds)
     flows = [train_flow(setting, data, seed, steps, console) for seed in seeds]
-    finer = FINER * setting.num_steps
-    rows = np.stack([scores(f, data.test, finer) for f in flows])
+    rows = np.stack([scores(f, data.test, setting.evaluation_steps) for f in flows])
     coarser = [scores(f, data.test, setting.num_steps).mean() for f in flows]
     of_mixture = mixture.score_samples(data.test)
     together = logsumexp(rows, axis=0) - np.log(len(rows))
@@ -209,7 +220,7 @@ def compare_with_mixture(
     print(
         f"  {'The flow' if ahead.mean() > 0 else 'The mixture'} wins, by "
         f"{abs(ahead.mean()):.3f} +- {ahead.std() / len(ahead) ** 0.5:.3f} nats. Flows "
-        f"of each seed {listed}; by a quarter of the steps {listed_coarser}; the mean "
+        f"of each seed {listed}; by the steps of training {listed_coarser}; the mean "
         f"of their densities {together.mean():.3f}. The mixture has "
         f"{mixture.n_components} components ({mixture.covariance_type})."
     )
@@ -229,7 +240,7 @@ def likelihood_gradient(flow: Flow, num_steps: int, *how):
 
 def a_batch(flow: Flow, data: Split):
     """The arrays of a flow, rows of data and a probe for them."""
-    y = jnp.asarray(data.training[: DIGITS.batch])
+    y = jnp.asarray(data.training[:MEASURED_ROWS])
     return eqx.filter(flow, eqx.is_array), y, sample_probe(y, key=jax.random.key(0))
 
 
@@ -322,15 +333,27 @@ def main() -> None:
         quick="two steps of training of one flow each instead",
     )
     console = Console()
-    steps, memory_steps = arguments.steps, MEMORY_STEPS
+    steps, memory_steps, components, restarts = (
+        arguments.steps,
+        MEMORY_STEPS,
+        COMPONENTS,
+        5,
+    )
+    of_spirals, of_digits = SPIRALS, DIGITS
     if arguments.quick:
-        steps, memory_steps = 2, (20,)
+        steps, memory_steps, components, restarts = 2, (8,), (1, 8), 1
+        of_spirals, of_digits = (s._replace(**QUICK) for s in (SPIRALS, DIGITS))
     spirals = load_spirals()
     digits, reduction = load_reduced_digits()
 
-    run = partial(compare_with_mixture, quick=arguments.quick, console=console)
-    on_digits = run(DIGITS, digits, steps)
-    on_spirals = run(SPIRALS, spirals, steps)
+    run = partial(
+        compare_with_mixture,
+        components=components,
+        restarts=restarts,
+        console=console,
+    )
+    on_digits = run(of_digits, digits, steps)
+    on_spirals = run(of_spirals, spirals, steps)
     flow, many = on_digits.flows[0], memory_steps[-1]
     measured = compare_ways(flow, digits, many, console)
     compare_traces(flow, digits, max(many // 16, 2), console)
@@ -339,14 +362,14 @@ def main() -> None:
     out, key = arguments.out, jax.random.key(1)
     flow, mixture = on_spirals.flows[0], on_spirals.mixture
     densities = {
-        "density of the flow": lambda y: scores(flow, y, FINER * SPIRALS.num_steps),
+        "density of the flow": lambda y: scores(flow, y, of_spirals.evaluation_steps),
         f"density of {mixture.n_components} Gaussians": mixture.score_samples,
     }
-    drawn = sample(flow, len(spirals.test), 2, SPIRALS.num_steps, key=key).y
+    drawn = sample(flow, len(spirals.test), 2, of_spirals.num_steps, key=key).y
     path = out / "flow_density.png"
     flow_figures.plot_density(spirals.test, np.asarray(drawn), densities, path)
     dim = digits.test.shape[1]
-    drawn = sample(on_digits.flows[0], 64, dim, DIGITS.num_steps, key=key).y
+    drawn = sample(on_digits.flows[0], 64, dim, of_digits.num_steps, key=key).y
     path = out / "flow_digits.png"
     bars = {
         "flow": float(np.mean(on_digits.each)),

@@ -86,7 +86,7 @@ class Setting(NamedTuple):
 
 
 FULL = Setting(8, 64, 256, 2048, 300, 2, (256, 1024, 4096))
-QUICK = Setting(3, 8, 16, 64, 5, 1, (64,))
+QUICK = Setting(3, 8, 16, 64, 5, 1, (32,))
 
 
 def fit(
@@ -298,7 +298,8 @@ def main() -> None:
 
     of_each = [score(made, days.held_out) for made in ours]
     scores, apart = {}, {}
-    for name, all_made in {SDE: ours} | {k: [v] for k, v in baselines.items()}.items():
+    of_models = {SDE: ours} | {name: [made] for name, made in baselines.items()}
+    for name, all_made in of_models.items():
         scores[name] = np.mean([score(made, days.held_out) for made in all_made])
         apart[name] = np.mean(
             [told_apart(made, days.held_out, setting.trees) for made in all_made]
