@@ -41,11 +41,20 @@ def imports_of(source):
 
 
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-WITH_PROGRAMS = [page for page in PAGES if programs_of(page)]
 by_path = lambda page: str(page.relative_to(ROOT))
+# Where programs take long to compile: 10 to 31 s each of processor time.
+LONG = {"docs/getting_started.md", "docs/faq.md", "docs/migrating/torchsde.md"}
 
 
-@pytest.mark.parametrize("page", WITH_PROGRAMS, ids=by_path)
+def page_to_run(page):
+    marks = [pytest.mark.heavy] if by_path(page) in LONG else []
+    return pytest.param(page, id=by_path(page), marks=marks)
+
+
+WITH_PROGRAMS = [page for page in PAGES if programs_of(page)]
+
+
+@pytest.mark.parametrize("page", [page_to_run(page) for page in WITH_PROGRAMS])
 def test_programs_of_a_page_run_one_after_the_other(page):
     """As a reader would run them, in single precision. Those for PyTorch, which is not
     installed for the tests, are compiled only."""
@@ -58,10 +67,15 @@ def test_programs_of_a_page_run_one_after_the_other(page):
     assert "rvx" in namespace
 
 
+@pytest.mark.parametrize("page", WITH_PROGRAMS, ids=by_path)
+def test_programs_of_a_page_compile(page):
+    for source in programs_of(page):
+        compile(source, str(page), "exec")
+
+
 def test_readme_and_the_pages_for_every_user_have_programs():
     names = {by_path(page) for page in WITH_PROGRAMS}
-    migrating = {f"docs/migrating/{n}.md" for n in ("diffrax", "torchdiffeq")}
-    assert {"README.md", "docs/getting_started.md", "docs/faq.md"} | migrating <= names
+    assert LONG | {"README.md", "docs/migrating/diffrax.md"} <= names
 
 
 def test_every_public_name_has_an_entry_and_every_entry_is_public():
