@@ -10,6 +10,7 @@ import inspect
 from mkdocs.exceptions import PluginError
 
 import reversax
+import reversax.compare
 
 DIFFRAX = "https://docs.kidger.site/diffrax/api/"
 # The names of Diffrax that docstrings refer to, and the pages where they are.
@@ -17,9 +18,13 @@ PAGES = {"RecursiveCheckpointAdjoint": "adjoints"}
 
 
 def public_names() -> list[str]:
-    """As they are imported from reversax."""
-    public = {name for name in vars(reversax) if not name.startswith("_")}
-    return sorted(n for n in public if not inspect.ismodule(getattr(reversax, n)))
+    """As they are imported from a module of reversax."""
+    return sorted(
+        f"{module.__name__}.{name}"
+        for module in (reversax, reversax.compare)
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    )
 
 
 def on_config(config):
@@ -34,10 +39,10 @@ def on_env(env, config, files):
     documented = config.plugins["autorefs"]
     for name in public_names():
         try:
-            documented.get_item_url(f"reversax.{name}")
+            documented.get_item_url(name)
         except KeyError:
             raise PluginError(
-                f"`reversax.{name}` is public and has no entry in the documentation. "
-                f"Add the line `::: reversax.{name}` to docs/api.md."
+                f"`{name}` is public and has no entry in the documentation. "
+                f"Add the line `::: {name}` to docs/api.md."
             ) from None
     return env

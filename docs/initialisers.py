@@ -6,16 +6,19 @@ from the class itself.
 """
 
 import inspect
+import sys
 
 import griffe
 
-import reversax
+import reversax.compare  # noqa: F401
 
 
 class Initialisers(griffe.Extension):
     def on_class(self, *, cls: griffe.Class, **kwargs) -> None:
-        init = getattr(getattr(reversax, cls.name, None), "__init__", None)
-        if init is None or init.__doc__ == object.__init__.__doc__:
+        module = sys.modules.get(cls.module.path)
+        init = getattr(getattr(module, cls.name, None), "__init__", None)
+        documented = getattr(init, "__doc__", None)
+        if documented in (None, object.__init__.__doc__):
             return
         cls.set_member(
             "__init__",
@@ -24,7 +27,7 @@ class Initialisers(griffe.Extension):
                 lineno=cls.lineno,
                 endlineno=cls.endlineno,
                 parameters=griffe.Parameters(*map(_parameter, _parameters(init))),
-                docstring=griffe.Docstring(inspect.cleandoc(init.__doc__)),
+                docstring=griffe.Docstring(inspect.cleandoc(documented)),
             ),
         )
 

@@ -20,14 +20,19 @@ from rich.table import Table
 ORANGE, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#777777"
 
 
-def parse_arguments(description: str, steps: int, quick: str) -> argparse.Namespace:
-    """`--steps`, `--out` and `--quick`; `quick` says what the last one does."""
+def parse_arguments(
+    description: str, steps: int, quick: str, **more: Mapping[str, Any]
+) -> argparse.Namespace:
+    """`--steps`, `--out` and `--quick`; `quick` says what the last one does. Each of
+    `more` is an option too, and what `argparse` is to know of it."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--steps", type=int, default=steps, help="steps of training")
     parser.add_argument(
         "--out", type=Path, default=Path("figures"), help="folder for the figures"
     )
     parser.add_argument("--quick", action="store_true", help=quick)
+    for name, options in more.items():
+        parser.add_argument(f"--{name}", **options)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     return arguments

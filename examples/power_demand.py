@@ -8,12 +8,16 @@ no adversary and no likelihood. It is scored by the same distance on the other h
 beside
 
 - autoregressions (AR) of the deviations from each hour's mean, in units of each hour's
-  standard deviation, of the order that Akaike's criterion takes;
+  standard deviation, of the order up to twelve that Akaike's criterion takes;
 - the Ornstein-Uhlenbeck process of the same deviations, which is an AR of order one;
 - the normal distribution with the 24 means and the covariance matrix of the days, the
   most general of Gaussian processes.
 
-A score of zero is what another sample of real days has on average.
+A score of zero is what another sample of real days has on average. The equation was
+trained by this score, and the others were not. So a second one is printed, which none
+was trained by: how often a forest of trees can tell generated days from real ones. It
+tells those of every model here in more than nine cases of ten, so the equation is
+nearer than the others to the distribution, but none passes for real.
 
     python examples/power_demand.py            # seven minutes on two cores
     python examples/power_demand.py --quick    # hardly trained

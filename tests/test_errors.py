@@ -226,3 +226,11 @@ def test_round_trip_error_refuses_what_the_adjoint_refuses():
     message = r"round_trip_error.*needs `solver=reversax\.Reversible"
     with pytest.raises(TypeError, match=message):
         rvx.round_trip_error(TERM, dfx.Tsit5(), 0.0, 1.0, 0.1, Y0)
+
+
+def test_a_state_laid_out_over_an_explicit_mesh_axis_is_refused():
+    mesh = jax.make_mesh((1,), ("devices",))  # One device says as much as many.
+    sharding = jax.sharding.NamedSharding(mesh, jax.P("devices"))
+    message = r"Reversible.*axes \['devices'\] of explicit type.*AxisType\.Auto"
+    with pytest.raises(ValueError, match=message):
+        jax.jit(lambda y0: solve(y0=y0).ys)(jax.device_put(Y0, sharding))

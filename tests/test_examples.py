@@ -79,8 +79,22 @@ def test_power_demand_checks_its_gradient_and_scores_its_days_against_others(tmp
     assert_gradients_agree(printed, 1e-4)  # In single precision; measured 2e-6.
     scores = r"^Held-out energy distance: neural SDE.*Ornstein-Uhlenbeck.*AR\("
     assert re.search(scores, printed, re.MULTILINE)
+    assert re.search(r"neural SDE.* \d+ %", printed), "how often a forest is right"
     assert_shows_something(tmp_path / "power_demand_days.png")
     assert_shows_something(tmp_path / "power_demand_memory.png")
+
+
+def test_many_devices_find_the_gradients_of_one_and_undo_to_the_bit(tmp_path):
+    printed = run_quickly("many_devices.py", tmp_path)
+    # In single precision, of sums in another order, which may come out alike.
+    differences = re.findall(r"relative difference (\S+) \(bound", printed)
+    assert len(differences) == 2
+    assert all(float(difference) <= 1e-4 for difference in differences)
+    round_trips = re.findall(r"^│ (?:one|8) device[^│]*│[^│]*│([^│]*)│", printed, re.M)
+    assert len(round_trips) == 5
+    assert all(float(error) == 0 for error in round_trips)
+    assert_shows_something(tmp_path / "many_devices_training.png")
+    assert_shows_something(tmp_path / "many_devices_state.png")
 
 
 def test_lynx_hare_data_are_positive_pelts_of_both_species_for_1900_to_1920():

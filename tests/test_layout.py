@@ -16,22 +16,39 @@ ORDER = [
     "_control", "_problem", "_increment", "_psi", "_pair", "_solver", "_clock", "_tape",
     "_observe", "_event", "_setup", "_forward", "_certificate", "_one_lane",
     "_backward", "_adjoint", "_round_trip", "__init__",
+    "compare._candidates", "compare._problem", "compare._gradient", "compare._measure",
+    "compare._recommend", "compare._load", "compare._plot", "compare._report",
+    "compare._options", "compare._command", "compare.__init__", "__main__",
 ]  # fmt: skip
-MODULES = sorted(SOURCE.glob("*.py"))
+MODULES = sorted(SOURCE.rglob("*.py"))
 FILES = [
     path
     for folder in ("src", "tests", "examples", "benchmarks")
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
-by_name = lambda path: path.stem
+
+
+def by_name(path):
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+
+
+def imported(path, node):
+    """The modules of ours that a relative import names."""
+    *package, _ = by_name(path).split(".")
+    package = package[: len(package) + 1 - node.level]
+    if node.module is not None:
+        return [".".join([*package, node.module])]
+    modules = [".".join([*package, alias.name]) for alias in node.names]
+    return [x if x in ORDER else ".".join([*package, "__init__"]) for x in modules]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=by_name)
 def test_imports_only_point_down(path):
-    below = ORDER[: ORDER.index(path.stem)]
+    below = ORDER[: ORDER.index(by_name(path))]
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            assert node.module in below, node.module
+        if isinstance(node, ast.ImportFrom) and node.level > 0:
+            for module in imported(path, node):
+                assert module in below, module
 
 
 @pytest.mark.parametrize("path", MODULES, ids=by_name)

@@ -137,8 +137,14 @@ FINER = {"van-der-pol": dict(Heun=8, Midpoint=8, Ralston=8, Tsit5=2)}
 ROUND_OFF = 5e-12  # Of the finest of Tsit5 there, 2e-12 was measured.
 
 
+DAILY = ("Euler", "Heun", "Bosh3", "Tsit5")
+
+
 @each_problem
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize(
+    "name",
+    [x if x in DAILY else pytest.param(x, marks=pytest.mark.heavy) for x in BASES],
+)
 def test_global_error_and_interpolated_values_have_the_order_of_the_base(name, problem):
     base, order, interpolation_order, n = BASES[name]
     solver = published(base)
@@ -174,7 +180,9 @@ def test_symmetric_coupling_gains_an_order_for_odd_bases(name, problem, scheme):
     assert solver.order(dfx.ODETerm(lambda t, y, args: y)) == order
 
 
-@pytest.mark.parametrize("problem", ["kepler", "lotka-volterra"])
+@pytest.mark.parametrize(
+    "problem", ["lotka-volterra", pytest.param("kepler", marks=pytest.mark.heavy)]
+)
 def test_saved_values_are_as_good_as_the_base_itself_would_save(problem):
     field, y0 = PROBLEMS[problem]
     n = 40

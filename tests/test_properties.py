@@ -2,10 +2,11 @@
 undoing the solve arrives where it began.
 
 The other files take one feature at a time; here the state, the scheme, the controller,
-what is saved, the batching and the direction of time are drawn together. As a rule a
-few fixed programs are run; `pytest tests/test_properties.py --examples 200` draws as
-many new ones for either property, and reduces what fails. A program that fails is
-printed, with all its times; its numbers follow from its `seed`.
+what is saved, dense output, the batching, the direction of time and whether times are
+differentiated are drawn together. As a rule a few fixed programs are run; `pytest
+tests/test_properties.py --examples 200` draws as many new ones for either property, and
+reduces what fails. A program that fails is printed, with all its times; its numbers
+follow from its `seed`.
 """
 
 import functools as ft
@@ -59,6 +60,10 @@ def summary(t, y, args):
 SAVED = [everything, elementwise, summary]
 
 
+def is_sub_save(x):
+    return isinstance(x, dfx.SubSaveAt)
+
+
 class Program(eqx.Module):
     """A solve, and how to differentiate it."""
 
@@ -71,6 +76,10 @@ class Program(eqx.Module):
     steps: dict
     """What `diffeqsolve` is told of its steps."""
     saveat: dfx.SaveAt
+    evaluated: np.ndarray
+    """The times at which dense output is evaluated; without any there is none."""
+    moves: bool
+    """Whether times are differentiated too."""
     lanes: int
     """How many solves `vmap` batches; none if zero."""
     seed: int
@@ -112,10 +121,37 @@ class Program(eqx.Module):
         )
 
     def solve(self, adjoint, y0, args):
-        run = lambda y0: self.call(
-            dfx.diffeqsolve, y0, args, saveat=self.saveat, adjoint=adjoint
-        )
+        """What is saved, what dense output gives, and the statistics."""
+
+        def run(y0):
+            kwargs = dict(saveat=self.saveat, adjoint=adjoint)
+            solution = self.call(dfx.diffeqsolve, y0, args, **kwargs)
+            dense = None
+            if len(self.evaluated):
+                first, *_, last = self.evaluated
+                each = jax.vmap(solution.evaluate)(self.evaluated)
+                dense = each, solution.evaluate(first, last), solution.derivative(last)
+            return solution.ys, dense, solution.stats
+
         return jax.vmap(run)(y0) if self.lanes else run(y0)
+
+    def times(self):
+        """Those that are differentiated."""
+        subs = jax.tree.leaves(self.saveat.subs, is_leaf=is_sub_save)
+        times = self.t0, self.t1, self.evaluated, [sub.ts for sub in subs]
+        return jax.tree.map(jnp.asarray, times) if self.moves else None
+
+    def at(self, times):
+        """The same program at other times."""
+        if times is None:
+            return self
+        t0, t1, evaluated, ts = times
+        left = iter(ts)
+        no_ts = lambda x: x is None
+        move = lambda sub: eqx.tree_at(lambda s: s.ts, sub, next(left), is_leaf=no_ts)
+        subs = jax.tree.map(move, self.saveat.subs, is_leaf=is_sub_save)
+        where = lambda p: (p.t0, p.t1, p.evaluated, p.saveat.subs)
+        return eqx.tree_at(where, self, (t0, t1, evaluated, subs))
 
     def amplification(self, num_steps):
         """By how much undoing so many steps magnifies round-off, as documented."""
@@ -178,15 +214,20 @@ class Interval(eqx.Module):
     t0: float
     t1: float
     marks: list[float]
+    moves: bool
+    """Whether times are differentiated. A saved time where two steps meet has different
+    derivatives to its two sides, and round-off decides: then there is to be none."""
 
     def at(self, fractions):
         # In the way of `ConstantStepSize`, for times to be equal to the bit.
         times = self.t0 + (self.t1 - self.t0) * np.asarray(fractions, float)
         return np.clip(times, min(self.t0, self.t1), max(self.t0, self.t1))
 
-    def times(self, **size):
+    def times(self, between=0.382, **size):
         """Some times in order, perhaps the same one twice."""
         fractions = st.sampled_from(self.marks) | st.floats(0, 1, width=16)
+        if self.moves:
+            fractions = st.integers(0, 999).map(lambda k: (k + between) / 1000)
         return st.lists(fractions, **size).map(lambda some: self.at(sorted(some)))
 
 
@@ -194,7 +235,8 @@ class Interval(eqx.Module):
 def intervals(draw):
     t0 = draw(st.sampled_from([0.0, -0.7, 3.0]))
     length = draw(st.floats(1, 2, width=16)) * draw(st.sampled_from([1, -1]))
-    return Interval(t0, t0 + length, draw(equal_steps | unequal_steps))
+    marks, moves = draw(equal_steps | unequal_steps), draw(st.booleans())
+    return Interval(t0, t0 + length, marks, moves)
 
 
 @st.composite
@@ -220,7 +262,8 @@ def controlled_steps(draw, interval, solver):
         dtmax=abs(length) / 5,
     )
     if kind == "clip":
-        some_times = st.none() | interval.times(min_size=1, max_size=4)
+        # (And where steps are made to meet no time is saved.)
+        some_times = st.none() | interval.times(0.755, min_size=1, max_size=4)
         controller = dfx.ClipStepSizeController(
             controller,
             step_ts=draw(some_times),
@@ -239,19 +282,20 @@ def sub_saves(draw, interval):
     return dfx.SubSaveAt(t0=t0, t1=t1 or not something, ts=ts, steps=steps, fn=fn)
 
 
-def saves(interval):
+def saves(interval, dense):
     sub = sub_saves(interval)
     trees = (
         sub
         | st.tuples(sub, st.none() | sub)
         | st.dictionaries(st.sampled_from("abc"), sub, min_size=1, max_size=2)
     )
-    return trees.map(lambda subs: dfx.SaveAt(subs=subs))
+    return trees.map(lambda subs: dfx.SaveAt(subs=subs, dense=dense))
 
 
 @st.composite
 def programs(draw):
     interval, solver = draw(intervals()), draw(solvers)
+    evaluated = draw(st.just(np.zeros(0)) | interval.times(min_size=2, max_size=4))
     return Program(
         state=draw(states),
         solver=solver,
@@ -259,7 +303,9 @@ def programs(draw):
         t0=interval.t0,
         t1=interval.t1,
         steps=draw(controlled_steps(interval, solver)),
-        saveat=draw(saves(interval)),
+        saveat=draw(saves(interval, len(evaluated) > 0)),
+        evaluated=evaluated,
+        moves=interval.moves,
         lanes=draw(st.sampled_from([0, 2])),
         seed=draw(st.integers(0, 999)),
     )
@@ -286,12 +332,13 @@ def weighed(tree):
 
 
 def value_and_gradient(program, adjoint):
-    def loss(start):
-        solution = program.solve(adjoint, *start)
-        return finite_sum_of_squares(weighed(solution.ys)), solution.stats
+    def loss(point):
+        start, times = point
+        ys, dense, stats = program.at(times).solve(adjoint, *start)
+        return finite_sum_of_squares(weighed((ys, dense))), stats
 
-    start = program.start(program.lanes)
-    (value, stats), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(start)
+    point = program.start(program.lanes), program.times()
+    (value, stats), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(point)
     return value, gradient, stats
 
 
@@ -318,6 +365,7 @@ def test_value_and_gradient_are_those_of_direct_differentiation(batch, program):
     expected, expected_gradient, _ = value_and_gradient(program, direct)
     if jnp.any(stats["num_rejected_steps"] > 0):
         event("rejects steps")
+    event(f"dense output: {len(program.evaluated) > 0}, times: {program.moves}")
     num_steps = int(jnp.max(stats["num_accepted_steps"]))
     off_by = relative_difference(gradient, expected_gradient)
     note(f"the gradient is off by {off_by} in {num_steps} steps")

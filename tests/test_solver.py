@@ -39,7 +39,13 @@ ADJOINTS = {
 }
 
 
-@pytest.mark.parametrize("name", BASES)
+DAILY = ("Euler", "Bosh3", "HalfSolver-Heun", "own-midpoint")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [x if x in DAILY else pytest.param(x, marks=pytest.mark.heavy) for x in BASES],
+)
 def test_values_are_the_same_under_reversible_and_checkpointed_adjoints(name):
     solver = rvx.Reversible(BASES[name])
     saveat = dfx.SaveAt(ts=jnp.array([0.1, 0.55, 1.0]))
@@ -130,7 +136,13 @@ def test_dense_output_and_events_work_under_diffraxs_adjoints():
     assert 0.5 < float(stopped.ts[-1]) <= 0.52
 
 
-@pytest.mark.parametrize("adjoint", ADJOINTS.values(), ids=ADJOINTS.keys())
+@pytest.mark.parametrize(
+    "adjoint",
+    [
+        pytest.param(a, id=name, marks=[pytest.mark.heavy] * (name == "Direct"))
+        for name, a in ADJOINTS.items()
+    ],
+)
 def test_a_solve_in_two_pieces_is_the_whole_solve(adjoint):
     def pieces(p):
         args, y0 = p
@@ -166,7 +178,7 @@ def test_a_solve_in_two_pieces_is_the_whole_solve(adjoint):
             max_steps=8,
         ).ys
 
-    of = lambda f: jax.value_and_grad(lambda p: jnp.sum(jnp.sin(f(p))))(POINT)
+    of = lambda f: jax.jit(jax.value_and_grad(lambda p: jnp.sum(jnp.sin(f(p)))))(POINT)
     (value, gradient), (expected, expected_gradient) = of(pieces), of(whole)
     assert abs(value - expected) < 1e-14 * abs(expected)
     assert relative_difference(gradient, expected_gradient) < 1e-13

@@ -188,7 +188,8 @@ def _keep_alive(true: Bool[Array, ""], xs: Sequence[Array]) -> list[Array]:
     filled = [i for i, x in enumerate(xs) if x.size > 0]
     if len(filled) > 1:
         first, *others = filled
-        some = [xs[i].ravel()[0] for i in others]
+        # Not of `xs[i].ravel()`: an array laid out over devices would be gathered.
+        some = [xs[i][(0,) * xs[i].ndim] for i in others]
         token = sum(jnp.real(x).astype(xs[first].dtype) for x in some)
         # A selection, since `0 * token` might be NaN.
         xs[first] = jnp.where(true, xs[first], token)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import diffrax as dfx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
@@ -35,6 +36,15 @@ def _check_state(call: str, y0: State) -> None:
                 f"{call} needs a state of real floating-point arrays, got a leaf of "
                 f"dtype {dtype}. Convert integers to float; split a complex state into "
                 "its real and imaginary parts."
+            )
+        # Only axes of explicit type are in the type of an array.
+        axes = [name for name in jax.typeof(leaf).sharding.spec if name is not None]
+        if axes:
+            raise ValueError(
+                f"{call} got a state laid out over the mesh axes {axes} of explicit "
+                "type, which Diffrax's loop cannot carry. Make the mesh by "
+                "`jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,))`, or "
+                "solve inside `jax.shard_map(..., check_vma=False)`."
             )
 
 

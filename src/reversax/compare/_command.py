@@ -1,0 +1,154 @@
+"""The command `reversax compare`."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+import jax
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from .. import __version__
+from . import _options
+from ._gradient import Reference
+from ._load import TheirError, load_problem, raised_here, their_traceback
+from ._measure import Measurement, Options, compare as measure, number_of_stages
+from ._plot import write_plot
+from ._problem import Problem, Refusal
+from ._recommend import Wish, recommend
+from ._report import circumstances, show, write_json
+
+_EXIT_CODES = """
+Exit codes: 0, a candidate is recommended. 1, the problem raised an error, or there is
+nothing to compare with. 2, a wrong call: an option, a module or function that is not
+there, a function that returns no problem, a stochastic equation. 3, measured, but no
+candidate is accurate (and small) enough.
+"""
+_NONE_RECOMMENDED = 3
+
+app = typer.Typer(
+    name="reversax",
+    help="Exact gradients of differential equation solvers in constant memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"reversax {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _reversax(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version and exit.",
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog=_EXIT_CODES)
+def compare(
+    target: _options.Target,
+    tolerance: _options.Tolerance = 1e-3,
+    memory_limit: _options.MemoryLimit = None,
+    prefer: _options.Prefer = "time",
+    halvings: _options.Halvings = None,
+    repeats: _options.Repeats = None,
+    seed: _options.Seed = 0,
+    quick: _options.Quick = False,
+    json: _options.Json = None,
+    plot: _options.Plot = None,
+) -> None:
+    """Measure which solver and which adjoint to take for a problem of yours.
+
+    Computes the gradient of your loss by each of several pairs of solver and adjoint,
+    and prints the error of each against a tight reference, its time and its memory,
+    and which one to take.
+    """
+    options = Options(
+        tolerance=tolerance,
+        halvings=(0 if quick else 2) if halvings is None else halvings,
+        repeats=(3 if quick else 7) if repeats is None else repeats,
+        quick=quick,
+    )
+    wish = Wish(tolerance, memory_limit, prefer)
+    with _errors_shown():
+        problem = load_problem(target, seed)
+        reference, measurements = _measure(problem, options)
+    recommendation = recommend(measurements, wish)
+    # Rich takes a file or a pipe to be 80 columns wide, less than the table needs.
+    console = Console(width=None if sys.stdout.isatty() else 128)
+    show(console, target, reference, measurements, recommendation, wish)
+    if json is not None:
+        asked = dict(problem=target, seed=seed, options=vars(wish) | options._asdict())
+        about = circumstances() | asked
+        write_json(json, about, reference, measurements, recommendation)
+    if plot is not None:
+        write_plot(plot, f"{target}, one gradient", measurements, recommendation, wish)
+    if recommendation.chosen is None:
+        raise typer.Exit(_NONE_RECOMMENDED)
+
+
+@contextlib.contextmanager
+def _errors_shown() -> Iterator[None]:
+    """Ends the program at an error of the user's, which it shows as such."""
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 128)
+    exit_code, said = 1, None
+    try:
+        yield
+    except Refusal as error:
+        exit_code, said = error.exit_code, str(error)
+    except TheirError as error:
+        said = str(error)
+    except Exception as error:
+        said = their_traceback(error)
+        if said is None and raised_here(error):
+            raise
+        said = said or f"The problem was refused. {type(error).__name__}: {error}"
+    if said is not None:
+        console.print(Text(said, style="red"), soft_wrap=True)
+        raise typer.Exit(exit_code)
+
+
+def _measure(problem: Problem, options: Options) -> tuple[Reference, list[Measurement]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed} of {task.total}"),
+        TimeElapsedColumn(),
+    )
+    console = Console(stderr=True)
+    progress = Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    )
+    with _no_compilation_cache(), progress:
+        total = number_of_stages(problem, options)
+        task = progress.add_task("", total=total, completed=-1)
+        report = lambda what: progress.update(task, description=what, advance=1)
+        return measure(problem, options, report)
+
+
+@contextlib.contextmanager
+def _no_compilation_cache() -> Iterator[None]:
+    """Times to compile would be those to read from disk."""
+    before = jax.config.jax_enable_compilation_cache  # pyright: ignore
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
