@@ -37,11 +37,14 @@ Rows = Float[Array, "rows dim"]
 T = TypeVar("T")
 
 
+# --8<-- [start:flow]
 class State(NamedTuple):
     y: Rows
     log_density: Float[Array, " rows"]
 
 
+# --8<-- [end:flow]
+# --8<-- [start:trace]
 def exact_trace(fn, y: Float[Array, " dim"], probe: None):
     """`fn(y)`, and the trace of its Jacobian there."""
     dy, push = jax.linearize(fn, y)
@@ -54,11 +57,13 @@ def hutchinson_trace(fn, y: Float[Array, " dim"], probe: Float[Array, " dim"]):
     return dy, pushed @ probe
 
 
+# --8<-- [end:trace]
 def sample_probe(y: Rows, *, key: PRNGKeyArray) -> Rows:
     """Random signs, a vector of them for each row."""
     return jax.random.rademacher(key, y.shape, y.dtype)
 
 
+# --8<-- [start:field]
 class Flow(eqx.Module):
     network: Callable[[Float[Array, " dim+1"]], Float[Array, " dim"]]
     """Of `y` and `t`, one after the other."""
@@ -80,6 +85,8 @@ class Flow(eqx.Module):
         return State(dy, -divergence)
 
 
+# --8<-- [end:field]
+# --8<-- [start:solve]
 def solve(
     field: Callable[[Any, T, Rows | None], T],
     start: T,
@@ -106,6 +113,8 @@ def solve(
     return jax.tree.map(lambda ys: ys[0], solution.ys)
 
 
+# --8<-- [end:solve]
+# --8<-- [start:likelihood]
 def log_normal(y: Rows) -> Float[Array, " rows"]:
     """The logarithm of the base's density, of a standard normal distribution."""
     return jax.scipy.stats.norm.logpdf(y).sum(axis=1)
@@ -124,3 +133,6 @@ def sample(flow: Flow, rows: int, dim: int, num_steps: int, *, key) -> State:
     """Samples, and the logarithms of their densities."""
     y = jax.random.normal(key, (rows, dim))
     return solve(flow, State(y, log_normal(y)), None, num_steps, to_data=True)
+
+
+# --8<-- [end:likelihood]

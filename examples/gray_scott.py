@@ -53,6 +53,7 @@ FULL = Setting(
 QUICK = Setting(32, (1.0, 2.0), (4.0, 8.0), (64,))
 
 
+# --8<-- [start:equation]
 def laplacian(y: Field) -> Field:
     """By the compact nine points, whose error has no preferred direction."""
     wide = jnp.pad(y, ((0, 0), (1, 1), (1, 1)), mode="wrap")
@@ -83,6 +84,7 @@ class GrayScott(eqx.Module):
         return jnp.stack([du, dv])
 
 
+# --8<-- [end:equation]
 def model_of(coefficients: np.ndarray) -> GrayScott:
     free = np.arctanh(np.log(coefficients / GUESS) / LOG_RANGE)
     return GrayScott(jnp.asarray(free, jnp.float32))
@@ -98,6 +100,7 @@ def initial_state(size: int, seed: int) -> Field:
     return jnp.asarray(np.stack([0.3 + 0.4 * u, 0.3 * v]), jnp.float32)
 
 
+# --8<-- [start:solve]
 def solve(
     model: GrayScott,
     y0: Field,
@@ -122,6 +125,7 @@ def solve(
     return solution.ys
 
 
+# --8<-- [end:solve]
 class Data(NamedTuple):
     y0: Field
     exact: Float[np.ndarray, "times 2 n n"]

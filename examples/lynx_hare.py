@@ -90,6 +90,7 @@ def load_pelts(path: Path = DATA) -> Pelts:
     return Pelts(year, mean, np.log(thousands / mean))
 
 
+# --8<-- [start:model]
 class PredatorPrey(eqx.Module):
     """`dy/dt` of `y = (log hare, log lynx, hidden)`; logarithms keep them positive."""
 
@@ -115,6 +116,8 @@ class PredatorPrey(eqx.Module):
         return jnp.stack([*lotka_volterra, 0.0]) + self.network(y)
 
 
+# --8<-- [end:model]
+# --8<-- [start:solve]
 def solve(
     model: PredatorPrey,
     ts: Float[np.ndarray, " times"],
@@ -139,6 +142,7 @@ def solve(
     return solution.ys[:, :2]
 
 
+# --8<-- [end:solve]
 def loss_fn(
     model: PredatorPrey, pelts: Pelts, num_steps: int, *how
 ) -> Float[Array, ""]:

@@ -70,6 +70,7 @@ def load_utterances() -> tuple[Utterances, Utterances]:
     )
 
 
+# --8<-- [start:field]
 class NeuralCDE(eqx.Module):
     """`dy = field(y) dX`, begun and read out by linear maps."""
 
@@ -105,6 +106,8 @@ class NeuralCDE(eqx.Module):
         return lineax.FunctionLinearOperator(product, increment)
 
 
+# --8<-- [end:field]
+# --8<-- [start:solve]
 def solve(
     model: NeuralCDE,
     values: Float[Array, "series frames channels"],
@@ -135,6 +138,7 @@ def solve(
     return jax.vmap(jax.vmap(model.readout))(solution.ys)
 
 
+# --8<-- [end:solve]
 def with_noise(
     values: Float[Array, "series frames channels"],
     lengths: Int[Array, " series"],

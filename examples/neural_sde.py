@@ -27,6 +27,7 @@ CHECKPOINTED = diffrax.RecursiveCheckpointAdjoint()
 Curves = Float[Array, "curves points"]
 
 
+# --8<-- [start:generator]
 class Generator(eqx.Module):
     start: eqx.nn.MLP
     drift: eqx.nn.MLP
@@ -60,6 +61,7 @@ class Generator(eqx.Module):
         return lineax.DiagonalLinearOperator(LARGEST_NOISE * bounded)
 
 
+# --8<-- [end:generator]
 class Solver(NamedTuple):
     """How paths are solved."""
 
@@ -68,6 +70,7 @@ class Solver(NamedTuple):
     adjoint: diffrax.AbstractAdjoint = REVERSED
 
 
+# --8<-- [start:generate]
 def generate(
     generator: Generator, count: int, points: int, key: PRNGKeyArray, how: Solver
 ) -> Curves:
@@ -102,6 +105,8 @@ def generate(
     return solution.ys.T
 
 
+# --8<-- [end:generate]
+# --8<-- [start:distance]
 def mean_distance(left: Curves, right: Curves, same: bool = False) -> Float[Array, ""]:
     """The mean Euclidean distance of all pairs, of different curves if `same`."""
     # By way of products, since all differences at once would take the most memory.
@@ -124,3 +129,6 @@ def energy_distance(generated: Curves, real: Curves) -> Float[Array, ""]:
     across = mean_distance(generated, real)
     within = mean_distance(generated, generated, True) + mean_distance(real, real, True)
     return 2 * across - within
+
+
+# --8<-- [end:distance]
