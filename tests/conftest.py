@@ -1,8 +1,8 @@
-import os
 from pathlib import Path
 
 import helpers
 import jax
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 # Most oracles need double precision; single precision is asked for by dtype.
@@ -30,8 +30,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     helpers.FEATURES_IN = config.option.scheme
-    if not config.option.optimise:
-        compile_quickly()
+    # Compilation is most of the suite's time, and exactness does not depend on it.
+    jax.config.update("jax_disable_most_optimizations", not config.option.optimise)
     asked = config.option.examples
     settings.register_profile(
         "programs",
@@ -48,23 +48,18 @@ def pytest_configure(config):
     )
 
 
-def compile_quickly():
-    """Compilation is most of the suite's time, and exactness does not depend on it.
-
-    Of a gradient of 50 steps it took 1.8 s with all optimisations, 1.3 s without most,
-    and 0.4 s without the fusion emitters too (XLA's second way of generating code for
-    CPUs), where tracing takes 0.8 s.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    flag = "--xla_cpu_use_fusion_emitters=false"  # Read when XLA first compiles.
-    flags = os.environ.get("XLA_FLAGS", "")
-    if flag not in flags:  # Workers inherit it.
-        os.environ["XLA_FLAGS"] = f"{flags} {flag}"
-
-
 def pytest_runtest_teardown(item):
     # Every compiled program maps memory, of which Linux lets a process have some 65,000
     # pieces: beyond, a run of hundreds of tests dies in the compiler.
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_text().count("\n") > 30_000:
         jax.clear_caches()
+
+
+@pytest.fixture
+def optimised():
+    """For tests of what the optimised program is like."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -1,6 +1,5 @@
 """Solvers, controllers and problems that several test files share."""
 
-import functools as ft
 from typing import ClassVar
 
 import diffrax as dfx
@@ -94,18 +93,6 @@ SCHEMES = {
 # In which the features of the adjoint are tested: they are the same in all, and this
 # one compiles fastest. `pytest --scheme fixed-point` is to test them in the default.
 FEATURES_IN = "published"
-
-
-# For tests of what the optimised program is like: `jax.jit` with all of XLA's
-# optimisations, its defaults, where conftest does without most.
-jit_as_users_do = ft.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 3,
-        "xla_llvm_disable_expensive_passes": False,
-        "xla_cpu_use_fusion_emitters": True,
-    },
-)
 
 
 def published(base, coupling_parameter=0.999):

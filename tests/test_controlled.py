@@ -11,7 +11,7 @@ import diffrax as dfx
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import SCHEMES, jit_as_users_do, nonuniform, relative_difference
+from helpers import SCHEMES, nonuniform, relative_difference
 
 import reversax as rvx
 
@@ -245,10 +245,10 @@ def random_walk(num, dtype=jnp.float64):
         [("linear", "float32"), ("cubic", "float64"), ("cubic-as-ode", "float32")],
     ),
 )
-def test_not_one_bit_of_a_controlled_solve_is_lost(control, dtype):
+def test_not_one_bit_of_a_controlled_solve_is_lost(control, dtype, optimised):
     num = 10_000 if control == "linear" else 200
 
-    @jit_as_users_do
+    @jax.jit
     def undo(ts, values, y0, args):
         return rvx.round_trip_error(
             TERMS[control](ts, values),
@@ -284,11 +284,11 @@ def long_gradient(adjoint, num, hidden):
         )
 
     point = network(hidden), initial_state(hidden), values
-    return jit_as_users_do(jax.grad(loss)).lower(point).compile(), point
+    return jax.jit(jax.grad(loss)).lower(point).compile(), point
 
 
 @HEAVY
-def test_gradient_of_10_000_observations_is_the_direct_one():
+def test_gradient_of_10_000_observations_is_the_direct_one(optimised):
     ours, direct = (
         gradient(point)
         for gradient, point in (long_gradient(a, 10_000, 3) for a in (OURS, DIRECT))
@@ -297,7 +297,7 @@ def test_gradient_of_10_000_observations_is_the_direct_one():
         assert relative_difference(got, want) <= 1e-11, part
 
 
-def test_memory_of_10_000_observations_is_theirs_and_a_shed_bit():
+def test_memory_of_10_000_observations_is_theirs_and_a_shed_bit(optimised):
     """For each step a quarter of a bit of each element of the state, and twice an
     observation: itself, and its cotangent."""
     hidden = 64

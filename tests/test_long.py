@@ -8,11 +8,11 @@ import diffrax as dfx
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import RungeKutta4, jit_as_users_do, relative_difference
+from helpers import RungeKutta4, relative_difference
 
 import reversax as rvx
 
-pytestmark = pytest.mark.heavy
+pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("optimised")]
 
 
 def lorenz(t, y, args):
@@ -71,7 +71,7 @@ def test_gradient_after_10_000_steps_is_that_of_direct_differentiation(
         )
         return jnp.mean(solution.ys**2), solution.stats["num_accepted_steps"]
 
-    of = lambda adjoint: jit_as_users_do(
+    of = lambda adjoint: jax.jit(
         jax.grad(lambda p: loss(p, adjoint), has_aux=True)
     )(cast((y0, args)))  # fmt: skip
     (ours, num_steps), (direct, _) = (
@@ -118,7 +118,7 @@ def test_a_damped_network_has_the_value_and_gradient_of_a_tight_reference(base):
         return jnp.mean(ys**2)
 
     point = (weights, y0)
-    ours, gradient = jit_as_users_do(
+    ours, gradient = jax.jit(
         jax.value_and_grad(
             lambda p: loss(
                 p,
@@ -130,7 +130,7 @@ def test_a_damped_network_has_the_value_and_gradient_of_a_tight_reference(base):
             )
         )
     )(point)
-    value, reference = jit_as_users_do(
+    value, reference = jax.jit(
         jax.value_and_grad(
             lambda p: loss(
                 p,
@@ -172,7 +172,7 @@ def test_gradient_after_a_million_steps_is_that_of_the_exact_solution(dtype):
         )
 
     y0, k = jnp.asarray([0.3, -0.7, 1.1], dtype), jnp.asarray(3.0, jnp.float64)
-    ct_y0, ct_k = jit_as_users_do(jax.grad(loss))((y0, k))
+    ct_y0, ct_k = jax.jit(jax.grad(loss))((y0, k))
     decay = jnp.exp(-3.0)
     # Euler's increments of 1e-6 in single precision have 24 bits of their own.
     bound = 1e-4 if dtype == jnp.float32 else 1e-9

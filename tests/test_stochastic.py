@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import pytest
-from helpers import jit_as_users_do, relative_difference
+from helpers import relative_difference
 
 import reversax as rvx
 
@@ -138,12 +138,12 @@ def test_gradient_is_that_of_direct_differentiation_on_the_same_path(
         [("SlowRK", "float32"), ("Heun", "float64")],
     ),
 )
-def test_not_one_bit_of_a_stochastic_solve_is_lost(base, dtype):
+def test_not_one_bit_of_a_stochastic_solve_is_lost(base, dtype, optimised):
     solver, levy = BASES[base]
     y0, args = jax.tree.map(lambda x: x.astype(dtype), (Y0, ARGS))
     one = jnp.ones((), dtype)
 
-    @jit_as_users_do
+    @jax.jit
     def undo(key, y0, args):
         terms = equation(noise_of(base), levy, key, dtype=dtype)
         times = 0 * one, one, one / 200
