@@ -1,0 +1,393 @@
+"""What a gradient costs that is accurate enough: each method at its own steps.
+
+For each problem of problems.py and each method of methods.py and peers.py this takes
+the smallest number of steps (from 4, by factors of the square root of 2), or the
+largest tolerance (by factors of 10**(1/4)), at which the gradient is within 1e-3, and
+within 1e-6, of the true one, there and at the next finer. Then it measures what the
+gradient costs there: to 1e-3 in single precision, to 1e-6 in double. (The SDE: 1e-2
+and 1e-3, both in double, each library on a Brownian path of its own.) The true gradient
+is that of Dopri8 at a tolerance of 1e-13 in double precision.
+
+    python benchmarks/accuracy.py                     # six problems, some minutes
+    python benchmarks/accuracy.py --full              # all nine
+    python benchmarks/accuracy.py --problems Lorenz   # those named
+    python benchmarks/accuracy.py --quick             # to see that it runs
+
+It needs the extra `examples`, and `peers` for the methods in PyTorch; without it, it
+says so and goes on without them. What the bytes are: of JAX, all that XLA plans to
+allocate besides inputs and outputs; of PyTorch, see peers.py, which leaves out what an
+operation needs while it runs. So the two compare only roughly, in favour of PyTorch.
+"""
+
+import argparse
+import dataclasses
+import functools as ft
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peers
+from measuring import (
+    PACKAGES,
+    circumstances,
+    compile_program,
+    interleaved_times,
+    make_console,
+    medians,
+    parser_of,
+    print_table,
+    relative_error,
+    write_json,
+)
+from methods import (
+    BROWNIAN_TOLERANCE,
+    CHECKPOINTED,
+    Method,
+    make_gradient,
+    make_loss,
+    methods_for,
+)
+from pareto import draw
+from peers import Peer, Run, peers_for
+from problems import Problem, all_problems
+from rich.progress import Progress
+
+DEFAULT = (
+    "Kepler",
+    "Lotka-Volterra",
+    "damped MLP",
+    "neural ODE, width 64",
+    "reaction-diffusion",
+    "SDE",
+)
+LIMIT = 20_000  # Steps to be tried.
+PEER_LIMIT = 5_000
+PATIENCE = 4.0  # Seconds for one gradient in the search for its steps.
+TRIES = 3  # Finer resolutions, where the first misses in the precision that is timed.
+SECONDS = 2.0  # Of repeats of one method.
+REFERENCE = Method("", "Dopri8", "", CHECKPOINTED, adaptive=True)
+STOCHASTIC_REFERENCE = Method("", "Heun", "", CHECKPOINTED)
+
+AnyMethod = Method | Peer
+Gradient = Callable[[float], tuple[Any, int]]
+"""Of a resolution: the gradient, and how many steps it took."""
+
+
+def resolutions(problem: Problem, method: AnyMethod) -> Iterator[float]:
+    """From coarse to fine: tolerances, or numbers of steps."""
+    if method.adaptive:
+        yield from (10 ** (-k / 4) for k in range(4, 52))
+        return
+    limit = LIMIT if isinstance(method, Method) else PEER_LIMIT
+    last, divisor = 0, problem.divisor
+    for k in range(4, 60):
+        steps = divisor * max(1, round(2 ** (k / 2) / divisor))
+        if last < steps <= limit:
+            yield steps
+        last = max(last, steps)
+
+
+def jax_gradient(
+    problem: Problem, method: Method, max_steps: int, seed: int
+) -> Gradient:
+    """Of any resolution, with room for `max_steps`."""
+    loss = make_loss(problem, method, max_steps, throw=False, seed=seed)
+    program = compile_program(make_gradient(loss), problem.inputs, np.float64(1))
+
+    def gradient(resolution):
+        if not method.adaptive:
+            resolution = problem.t1 / resolution
+        (_, steps), ct = program.run(problem.inputs, np.float64(resolution))
+        return jax.block_until_ready(ct), int(steps)
+
+    return gradient
+
+
+def peer_gradient(problem: Problem, peer: Peer, seed: int) -> Gradient:
+    brownian = None
+    if problem.kind == "SDE":
+        brownian = peers.same_path(problem, seed, BROWNIAN_TOLERANCE)
+
+    def gradient(resolution):
+        run = Run(problem, peer, resolution, seed)
+        run.brownian = brownian
+        return [x.numpy() for x in run()], 0
+
+    return gradient
+
+
+def true_gradient(problem: Problem, seed: int, peer: bool = False) -> Any:
+    """And a check that it has settled, to a hundredth of what is asked of others; a
+    tenth for an SDE."""
+    if problem.kind != "SDE":
+        gradient = jax_gradient(problem, REFERENCE, LIMIT, seed)
+        coarse, fine, share = 1e-11, 1e-13, 100
+    elif peer:
+        gradient = peer_gradient(problem, Peer("torchsde", "midpoint", False), seed)
+        coarse, fine, share = 2**12, 2**13, 10
+    else:
+        gradient = jax_gradient(problem, STOCHASTIC_REFERENCE, 2**16, seed)
+        coarse, fine, share = 2**15, 2**16, 10
+    reference, _ = gradient(fine)
+    difference = relative_error(gradient(coarse)[0], reference)
+    if not difference <= min(problem.targets) / share:
+        raise RuntimeError(f"{problem.name}: the reference has not settled.")
+    return reference
+
+
+class Found(NamedTuple):
+    """A resolution tried, how many steps it took, and the error of the gradient."""
+
+    resolution: float
+    steps: int
+    error: float
+
+
+def search(
+    gradient: Gradient, grid: Iterable[float], reference: Any, targets: Iterable[float]
+) -> dict[float, Found]:
+    """The coarsest resolution for each target that can be met."""
+    found: dict[float, Found] = {}
+    missing, previous = sorted(targets, reverse=True), None
+    for resolution in grid:
+        start = time.perf_counter()
+        ct, steps = gradient(resolution)
+        this = Found(resolution, steps, relative_error(ct, reference))
+        for target in list(missing):
+            if this.error <= target and previous and previous.error <= target:
+                found[target] = previous
+                missing.remove(target)
+        previous = this
+        if not missing or time.perf_counter() - start > PATIENCE:
+            break
+    return found
+
+
+@dataclasses.dataclass
+class Row:
+    """What was measured of a method at one target."""
+
+    problem: str
+    target: float
+    precision: str
+    library: str
+    method: str
+    exact: bool
+    steps: int | None = None
+    tolerance: float | None = None
+    error: float | None = None
+    bytes: int | None = None
+    trace_seconds: float | None = None
+    compile_seconds: float | None = None
+    evaluations: int | None = None
+    seconds: float | None = None
+    times: list[float] = dataclasses.field(default_factory=list)
+    failed: str | None = None
+
+
+class Measurement(NamedTuple):
+    """One problem in the precision of one target."""
+
+    problem: Problem
+    reference: Any
+    seed: int
+
+    def prepare(self, method: AnyMethod, found: Found, row: Row) -> Callable | None:
+        """What to time, if the method meets its target here too."""
+        finer = resolutions(self.problem, method)
+        keep = lambda r: r <= found[0] if method.adaptive else r >= found[0]
+        for resolution in list(filter(keep, finer))[:TRIES]:
+            try:
+                if isinstance(method, Method):
+                    ready = self.prepare_jax(method, resolution, found.steps, row)
+                else:
+                    ready = self.prepare_peer(method, resolution, row)
+            except eqx.EquinoxRuntimeError as error:
+                row.failed = f"raised: {str(error).strip().splitlines()[-1][:60]}"
+                continue
+            run, ct = ready
+            row.tolerance = resolution if method.adaptive else None
+            row.error = relative_error(ct, self.reference)
+            if row.error <= row.target:
+                row.failed = None
+                return run
+            row.failed = f"not in {row.precision} precision"
+        return None
+
+    def prepare_jax(
+        self, method: Method, resolution: float, steps: int, row: Row
+    ) -> tuple[Callable, Any]:
+        problem = self.problem
+        if method.adaptive:
+            max_steps = 2 * steps  # As a user would, who cannot know how many it takes.
+        else:
+            max_steps = int(resolution)
+            resolution = problem.t1 / resolution
+        loss = make_loss(problem, method, max_steps, seed=self.seed)
+        inputs = jax.tree.map(jnp.asarray, problem.inputs)
+        resolution = jnp.asarray(resolution, problem.y0.dtype)
+        program = compile_program(make_gradient(loss), inputs, resolution)
+        run = ft.partial(program.run, inputs, resolution)
+        (_, taken), ct = run()
+        row.steps, row.bytes = int(taken), program.temporary_bytes
+        row.trace_seconds = program.trace_seconds
+        row.compile_seconds = program.compile_seconds
+        return run, ct
+
+    def prepare_peer(
+        self, peer: Peer, resolution: float, row: Row
+    ) -> tuple[Callable, Any]:
+        row.steps = None if peer.adaptive else int(resolution)
+        run = Run(self.problem, peer, resolution, self.seed)
+        row.bytes, row.evaluations = run.count()
+        return run, peer_gradient(self.problem, peer, self.seed)(resolution)[0]
+
+
+class Benchmark:
+    def __init__(self, options: argparse.Namespace, progress: Progress):
+        self.options, self.progress = options, progress
+
+    def of(self, problem: Problem) -> list[Row]:
+        methods = [*methods_for(problem.kind), *peers_for(problem.kind)]
+        if self.options.quick:
+            methods = [m for m in methods if m.name in QUICK_METHODS]
+        with jax.enable_x64(True):
+            references, found = self.search(problem, methods)
+        rows = []
+        for target in problem.targets[: 1 if self.options.quick else 2]:
+            single = target == problem.targets[0] and problem.kind != "SDE"
+            dtype = np.float32 if single else np.float64
+            with jax.enable_x64(not single):
+                at = problem.cast(dtype)
+                rows += self.measure(at, target, references, found)
+        return rows
+
+    def search(self, problem: Problem, methods: list[AnyMethod]) -> tuple[dict, dict]:
+        """The true gradients, for each type of method; the resolutions, for each."""
+        seed, targets = self.options.seed, problem.targets
+        references = {Method: true_gradient(problem, seed)}
+        references[Peer] = references[Method]
+        if problem.kind == "SDE" and not peers.MISSING:
+            references[Peer] = true_gradient(problem, seed, peer=True)
+        found: dict[AnyMethod, dict[float, Found]] = {}
+        for method in self.track(methods, f"{problem.name}: steps"):
+            scheme = method.scheme if isinstance(method, Method) else method
+            if scheme not in found:
+                grid = resolutions(problem, scheme)
+                if isinstance(scheme, Method):
+                    gradient = jax_gradient(problem, scheme, LIMIT, seed)
+                else:
+                    gradient = peer_gradient(problem, scheme, seed)
+                reference = references[type(scheme)]
+                found[scheme] = search(gradient, grid, reference, targets)
+            found[method] = found[scheme]
+        return references, found
+
+    def measure(self, problem, target: float, references, found) -> list[Row]:
+        precision = "single" if problem.y0.dtype == np.float32 else "double"
+        rows, runs = [], {}
+        for method in self.track(list(found), f"{problem.name}: cost at {target:g}"):
+            if not method.library:  # A scheme, by which others were found.
+                continue
+            name, library = method.name, method.library
+            row = Row(problem.name, target, precision, library, name, method.exact)
+            coarsest = found[method].get(target)
+            if coarsest is None:
+                row.failed = "not within the steps and the time tried"
+            elif isinstance(method, Method) and coarsest.steps <= method.at_least:
+                continue
+            else:
+                reference = references[type(method)]
+                at = Measurement(problem, reference, self.options.seed)
+                run = at.prepare(method, coarsest, row)
+                if run is not None:
+                    runs[len(rows)] = run
+            rows.append(row)
+        times = interleaved_times(runs, self.options.repeats, SECONDS)
+        for i, median in medians(times).items():
+            rows[i].times, rows[i].seconds = times[i], median
+        return rows
+
+    def track(self, sequence: list, description: str) -> Iterator:
+        task = self.progress.add_task(description, total=len(sequence))
+        for item in sequence:
+            yield item
+            self.progress.advance(task)
+        self.progress.remove_task(task)
+
+
+QUICK_METHODS = (
+    "Reversible(Euler), reversed",
+    "Reversible(Tsit5), reversed",
+    "Tsit5, checkpoints",
+    "Tsit5, stored",
+    "rk4, odeint",
+)
+
+
+def tables(rows: list[Row]) -> Iterator[tuple[str, list[dict]]]:
+    """One for each problem and target, by time."""
+    for problem, target in dict.fromkeys((row.problem, row.target) for row in rows):
+        here = [r for r in rows if (r.problem, r.target) == (problem, target)]
+        here.sort(key=lambda r: r.seconds if r.seconds is not None else float("inf"))
+        title = f"{problem}: within {target:g}, in {here[0].precision} precision"
+        yield title, [as_cells(row) for row in here]
+
+
+def as_cells(row: Row) -> dict[str, Any]:
+    ms = None if row.seconds is None else row.seconds * 1e3
+    preparation = None
+    if row.trace_seconds is not None and row.compile_seconds is not None:
+        preparation = row.trace_seconds + row.compile_seconds
+    cells: dict[str, Any] = {"library": row.library, "method": row.method}
+    cells |= {"time (ms)": ms, "bytes": row.bytes, "steps": row.steps}
+    cells |= {"tolerance": row.tolerance, "error": row.error}
+    return cells | {"compile (s)": preparation, "not met": row.failed}
+
+
+def parse_options() -> argparse.Namespace:
+    parser = parser_of(__doc__)
+    add = parser.add_argument
+    names = list(all_problems(0))
+    add("--problems", nargs="+", choices=names, help="these only", metavar="NAME")
+    add("--full", action="store_true", help="all problems, some twelve minutes")
+    add("--figure", type=Path, metavar="PATH", help="where to draw time and memory")
+    parser.set_defaults(repeats=9)
+    options = parser.parse_args()
+    if options.problems is None:
+        options.problems = names if options.full else list(DEFAULT)
+        if options.quick:
+            options.problems = ["Kepler", "Lotka-Volterra"]
+    return options
+
+
+def main() -> None:
+    options = parse_options()
+    jax.config.update("jax_enable_compilation_cache", False)
+    console = make_console()
+    packages = PACKAGES if peers.MISSING else (*PACKAGES, *peers.PACKAGES)
+    about = circumstances(options, packages) | dict(missing=peers.MISSING)
+    console.print(about)
+    if peers.MISSING:
+        console.print(peers.WITHOUT)
+    rows, start = [], time.perf_counter()
+    with Progress(console=console, transient=True) as progress:
+        benchmark = Benchmark(options, progress)
+        problems = all_problems(options.seed)
+        for name in progress.track(options.problems, description="all problems"):
+            rows += benchmark.of(problems[name])
+    for title, cells in tables(rows):
+        print_table(console, title, cells)
+    console.print(f"measured in {time.perf_counter() - start:.0f} s")
+    write_json(options.json, about, map(dataclasses.asdict, rows))
+    if options.figure is not None:
+        draw(rows, options.figure)
+
+
+if __name__ == "__main__":
+    main()
