@@ -124,7 +124,7 @@ def make_field(problem: Problem) -> Callable:
     return field
 
 
-BROWNIAN_TOLERANCE = 2.0**-14  # One for all numbers of steps: another is another path.
+BROWNIAN_TOLERANCE = 2.0**-12  # One for all numbers of steps: another is another path.
 
 
 def make_terms(problem: Problem, seed: int) -> Any:

@@ -187,9 +187,7 @@ def stochastic(seed: int) -> Problem:
         return size * xp.cos(y)
 
     parameters = *normal_weights(rng, 8, 32, 8), np.full(8, 0.2)
-    # PyTorch's solvers take a batch of states, so it is one of one.
-    y0 = rng.standard_normal((1, 8))
-    targets = 1e-2, 1e-3
+    y0, targets = rng.standard_normal(8), (1e-2, 1e-3)
     return Problem("SDE", field, parameters, y0, 1.0, noise, targets=targets)
 
 
