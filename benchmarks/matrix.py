@@ -9,9 +9,8 @@
                The wider the network and the larger the batch, the fewer the steps,
                such that all cells can be measured; but never fewer than ten.
 
-Compare methods of the same order: `Reversible(Euler)` has Heun's, and
-`Reversible(Tsit5)`
-a higher one than Tsit5's. At equal accuracy compares accuracy.py.
+Compare methods of the same order: `Reversible(Euler)` has Heun's, and that of
+`Reversible(Tsit5)` is higher than Tsit5's. accuracy.py compares at equal accuracy.
 
     python benchmarks/matrix.py               # both, some minutes
     python benchmarks/matrix.py evaluations   # one of them
@@ -117,7 +116,7 @@ def evaluations_row(problem: Problem, method: Method, steps: int) -> dict[str, A
 
 def peer_row(problem: Problem, peer: Peer, steps: int) -> dict[str, Any]:
     run = Run(problem, peer, steps, seed=0)
-    kept, gradient = run.count()
+    _, kept, gradient = run.count()
     run.evaluations = 0
     run.solve()
     return {
@@ -176,7 +175,7 @@ class Cell:
                 if peers.MISSING or vmap:
                     continue
                 runs[method] = run = Run(problem, method, self.steps, options.seed)
-                size, seconds = run.count()[0], None
+                size, seconds = run.count()[1], None
             else:
                 loss = make_loss(problem, method, self.steps, vmap)
                 inputs = jax.tree.map(jnp.asarray, problem.inputs)

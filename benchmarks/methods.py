@@ -76,8 +76,8 @@ class Method:
         return Method("", self.solver, "", CHECKPOINTED, self.adaptive)
 
 
-def methods_for(kind: str) -> list[Method]:
-    """Of a problem of this kind."""
+def methods_for(kind: str, full: bool = True) -> list[Method]:
+    """Of a problem of this kind: all, or those that most readers will ask about."""
     main = "Heun" if kind == "SDE" else "Tsit5"
     ours = ft.partial(Method, "reversax")
     theirs = ft.partial(Method, "Diffrax")
@@ -85,10 +85,20 @@ def methods_for(kind: str) -> list[Method]:
         ours("Reversible(Euler)", "reversed", REVERSED),
         theirs(main, "checkpoints", CHECKPOINTED),
         theirs(main, "4 checkpoints", lambda n: _checkpoints(4), at_least=4),
-        theirs(main, "16 checkpoints", lambda n: _checkpoints(16), at_least=16),
         theirs(main, "all checkpoints", CHECKPOINTED_ALL),
-        theirs(main, "DirectAdjoint", DIRECT),
         theirs(main, "BacksolveAdjoint", BACKSOLVED),
+    ]
+    if kind != "SDE":
+        methods += [
+            ours("Reversible(Tsit5)", "reversed", REVERSED),
+            Method("plain JAX", main, "stored"),
+            Method("plain JAX", main, "rematerialised"),
+        ]
+    if not full:
+        return methods
+    methods += [
+        theirs(main, "16 checkpoints", lambda n: _checkpoints(16), at_least=16),
+        theirs(main, "DirectAdjoint", DIRECT),
         theirs("ReversibleHeun", "BacksolveAdjoint", BACKSOLVED),
     ]
     if kind == "SDE":
@@ -96,13 +106,10 @@ def methods_for(kind: str) -> list[Method]:
     return [
         *methods,
         ours("Reversible(Bosh3)", "reversed", REVERSED),
-        ours("Reversible(Tsit5)", "reversed", REVERSED),
         ours("Reversible(Tsit5)", "reversed", REVERSED, adaptive=True),
         ours("published Reversible(Tsit5)", "reversed", REVERSED),
         theirs("Heun", "checkpoints", CHECKPOINTED),
         theirs(main, "checkpoints", CHECKPOINTED, adaptive=True),
-        Method("plain JAX", main, "stored"),
-        Method("plain JAX", main, "rematerialised"),
     ]
 
 

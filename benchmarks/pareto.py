@@ -31,10 +31,9 @@ def draw_panel(axes: Axes, rows: list[Any], styles: dict[str, dict]) -> None:
         axes.loglog(row.bytes, row.seconds * 1e3, **styles[row.method])
     # The bytes of PyTorch are another measure.
     best = front([row for row in rows if not row.library.startswith("torch")])
-    line = dict(color="0.75", zorder=0, linewidth=1, drawstyle="steps-post")
-    ordered = [(row.bytes, row.seconds * 1e3) for row in reversed(best)]
-    if ordered:
-        axes.plot(*zip(*ordered, strict=True), **line)
+    xs = [row.bytes for row in reversed(best)]
+    ys = [row.seconds * 1e3 for row in reversed(best)]
+    axes.plot(xs, ys, color="0.75", zorder=0, linewidth=1, drawstyle="steps-post")
     axes.grid(color="0.93")
     axes.set_axisbelow(True)
 

@@ -13,7 +13,7 @@ control. (Temporaries within an operation are not in it.)
 """
 
 # The extra may be missing, for those who check types too.
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportPossiblyUnboundVariable=false
 
 import dataclasses
 import importlib.util
@@ -124,7 +124,8 @@ class Run:
         """`resolution` is the number of steps, or the tolerance of an adaptive peer."""
         as_leaf = lambda x: torch.tensor(x, requires_grad=True)
         self.problem, self.peer, self.resolution = problem, peer, resolution
-        self.seed, self.evaluations, self.brownian = seed, 0, None
+        self.seed, self.evaluations = seed, 0
+        self.brownian: Any = None
         self.parameters = [as_leaf(p) for p in problem.parameters]
         # torchsde takes batches only.
         self.y0 = as_leaf(problem.y0[None] if problem.kind == "SDE" else problem.y0)
@@ -145,9 +146,10 @@ class Run:
         self.evaluations += 1
         return self.problem.field(torch, t, y, self.parameters)
 
-    def __call__(self) -> list[Any]:
+    def __call__(self) -> list[np.ndarray]:
+        """The gradient."""
         loss = torch.mean(self.solve() ** 2)
-        return list(torch.autograd.grad(loss, self.inputs))
+        return [x.numpy() for x in torch.autograd.grad(loss, self.inputs)]
 
     def solve(self) -> Any:
         """The final state."""
@@ -194,16 +196,16 @@ class Run:
         equation = Equation(self)
         return solve(equation, self.y0, self.ts, bm=path, dt=dt, **kwargs)[-1]
 
-    def count(self) -> tuple[int, int]:
-        """The bytes kept and the evaluations of one gradient."""
+    def count(self) -> tuple[list[np.ndarray], int, int]:
+        """A gradient, the bytes kept for it and its evaluations of the field."""
         self.evaluations = 0
         known = list(self.inputs)
         if self.control is not None:
             known += list(self.control.buffers())
         kept = Kept(known)
         with kept.hooks():
-            self()
-        return kept.peak, self.evaluations
+            gradient = self()
+        return gradient, kept.peak, self.evaluations
 
 
 class Equation:
