@@ -52,7 +52,7 @@ from methods import (
     make_loss,
     methods_for,
 )
-from pareto import draw
+from pareto import Row, draw, tables
 from peers import Peer, Run, peers_for
 from problems import Problem, all_problems
 from rich.progress import Progress
@@ -164,28 +164,6 @@ def search(
         if not missing or time.perf_counter() - start > PATIENCE:
             break
     return found
-
-
-@dataclasses.dataclass
-class Row:
-    """What was measured of a method at one target."""
-
-    problem: str
-    target: float
-    precision: str
-    library: str
-    method: str
-    exact: bool
-    steps: int | None = None
-    tolerance: float | None = None
-    error: float | None = None
-    bytes: int | None = None
-    trace_seconds: float | None = None
-    compile_seconds: float | None = None
-    evaluations: int | None = None
-    seconds: float | None = None
-    times: list[float] = dataclasses.field(default_factory=list)
-    failed: str | None = None
 
 
 class Measurement(NamedTuple):
@@ -332,26 +310,6 @@ QUICK_METHODS = (
     "Tsit5, stored",
     "rk4, odeint",
 )
-
-
-def tables(rows: list[Row]) -> Iterator[tuple[str, list[dict]]]:
-    """One for each problem and target, by time."""
-    for problem, target in dict.fromkeys((row.problem, row.target) for row in rows):
-        here = [r for r in rows if (r.problem, r.target) == (problem, target)]
-        here.sort(key=lambda r: r.seconds if r.seconds is not None else float("inf"))
-        title = f"{problem}: within {target:g}, in {here[0].precision} precision"
-        yield title, [as_cells(row) for row in here]
-
-
-def as_cells(row: Row) -> dict[str, Any]:
-    ms = None if row.seconds is None else row.seconds * 1e3
-    preparation = None
-    if row.trace_seconds is not None and row.compile_seconds is not None:
-        preparation = row.trace_seconds + row.compile_seconds
-    cells: dict[str, Any] = {"library": row.library, "method": row.method}
-    cells |= {"time (ms)": ms, "bytes": row.bytes, "steps": row.steps}
-    cells |= {"tolerance": row.tolerance, "error": row.error}
-    return cells | {"compile (s)": preparation, "not met": row.failed}
 
 
 def parse_options() -> argparse.Namespace:

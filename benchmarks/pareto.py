@@ -1,5 +1,14 @@
-"""The figure of accuracy.py: time against memory, of methods at equal accuracy."""
+"""The tables and the figure of accuracy.py: time and memory at equal accuracy.
 
+    python benchmarks/pareto.py docs/images/pareto.png benchmarks/results/accuracy*.json
+
+draws the figure of what several runs of accuracy.py wrote.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +26,57 @@ COLORS = {
 MARKERS = "os^vDP*Xp<>hd8"
 
 
-def front(rows: list[Any]) -> list[Any]:
-    """Those than which no other is both faster and smaller."""
-    best = []
-    for row in sorted(rows, key=lambda row: (row.seconds, row.bytes)):
-        if not best or row.bytes < best[-1].bytes:
+@dataclasses.dataclass
+class Row:
+    """What was measured of a method at one target."""
+
+    problem: str
+    target: float
+    precision: str
+    library: str
+    method: str
+    exact: bool
+    steps: int | None = None
+    tolerance: float | None = None
+    error: float | None = None
+    bytes: int | None = None
+    trace_seconds: float | None = None
+    compile_seconds: float | None = None
+    evaluations: int | None = None
+    seconds: float | None = None
+    times: list[float] = dataclasses.field(default_factory=list)
+    failed: str | None = None
+
+
+def cost(row: Row) -> tuple[float, int]:
+    """Milliseconds and bytes, of a method that met its target."""
+    assert row.seconds is not None and row.bytes is not None
+    return row.seconds * 1e3, row.bytes
+
+
+def front(rows: list[Row]) -> list[Row]:
+    """Those than which no other is both faster and smaller, the fastest first."""
+    best: list[Row] = []
+    for row in sorted(rows, key=cost):
+        if not best or cost(row)[1] < cost(best[-1])[1]:
             best.append(row)
     return best
 
 
-def draw_panel(axes: Axes, rows: list[Any], styles: dict[str, dict]) -> None:
+def draw_panel(axes: Axes, rows: list[Row], styles: dict[str, dict]) -> None:
     for row in rows:
-        axes.loglog(row.bytes, row.seconds * 1e3, **styles[row.method])
+        milliseconds, size = cost(row)
+        axes.loglog(size, milliseconds, **styles[row.method])
     # The bytes of PyTorch are another measure.
     best = front([row for row in rows if not row.library.startswith("torch")])
-    xs = [row.bytes for row in reversed(best)]
-    ys = [row.seconds * 1e3 for row in reversed(best)]
-    axes.plot(xs, ys, color="0.75", zorder=0, linewidth=1, drawstyle="steps-post")
+    milliseconds, sizes = zip(*map(cost, best), strict=True) if best else ((), ())
+    style: dict[str, Any] = dict(color="0.75", linewidth=1, drawstyle="steps-pre")
+    axes.plot(sizes, milliseconds, zorder=0, **style)
     axes.grid(color="0.93")
     axes.set_axisbelow(True)
 
 
-def styles_of(rows: list[Any]) -> dict[str, dict]:
+def styles_of(rows: list[Row]) -> dict[str, dict]:
     """One color for each library, one marker for each of its methods."""
     styles: dict[str, dict] = {}
     used = dict.fromkeys(COLORS.values(), 0)
@@ -60,7 +98,7 @@ def styles_of(rows: list[Any]) -> dict[str, dict]:
     return styles
 
 
-def draw(rows: list[Any], path: Path) -> None:
+def draw(rows: list[Row], path: Path) -> None:
     """A column for each problem, a row for each of its two targets."""
     problems = list(dict.fromkeys(row.problem for row in rows))
     styles = styles_of(rows)
@@ -95,3 +133,36 @@ def draw(rows: list[Any], path: Path) -> None:
         fontsize=8,
     )
     figure.savefig(path, dpi=130)
+
+
+def tables(rows: list[Row]) -> Iterator[tuple[str, list[dict]]]:
+    """One for each problem and target, by time."""
+    for problem, target in dict.fromkeys((row.problem, row.target) for row in rows):
+        here = [r for r in rows if (r.problem, r.target) == (problem, target)]
+        here.sort(key=lambda r: r.seconds if r.seconds is not None else float("inf"))
+        title = f"{problem}: within {target:g}, in {here[0].precision} precision"
+        yield title, [as_cells(row) for row in here]
+
+
+def as_cells(row: Row) -> dict[str, Any]:
+    ms = None if row.seconds is None else row.seconds * 1e3
+    preparation = None
+    if row.trace_seconds is not None and row.compile_seconds is not None:
+        preparation = row.trace_seconds + row.compile_seconds
+    cells: dict[str, Any] = {"library": row.library, "method": row.method}
+    cells |= {"time (ms)": ms, "bytes": row.bytes, "steps": row.steps}
+    cells |= {"tolerance": row.tolerance, "error": row.error}
+    return cells | {"compile (s)": preparation, "not met": row.failed}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("figure", type=Path)
+    parser.add_argument("results", type=Path, nargs="+")
+    options = parser.parse_args()
+    found = [json.loads(path.read_text())["results"] for path in options.results]
+    draw([Row(**row) for rows in found for row in rows], options.figure)
+
+
+if __name__ == "__main__":
+    main()
