@@ -2,7 +2,7 @@
 
 - evaluations: of the vector field per step, of the solve and of its gradient; the
                temporary bytes and how long tracing and compiling take. All methods, a
-               van der Pol oscillator, single precision.
+               small neural ODE, 100 steps, single precision.
 - networks:    the time and the bytes of a gradient through a neural ODE of width 64,
                256 and 1024, of a batch of 1, 64 and 1024 initial states, either
                "batched" inside the field or by a "vmap" of the solve; single precision.
@@ -53,7 +53,7 @@ from methods import (
     methods_for,
 )
 from peers import Peer, Run, peers_for
-from problems import Problem, neural_ode, van_der_pol
+from problems import Problem, neural_ode
 from rich.console import Console
 from rich.progress import track
 
@@ -130,8 +130,8 @@ def peer_row(problem: Problem, peer: Peer, steps: int) -> dict[str, Any]:
 
 
 def evaluations(options: argparse.Namespace, console: Console) -> list[dict]:
-    problem = van_der_pol().cast(np.float32)
-    steps = 20 if options.quick else 100
+    problem = neural_ode(options.seed, width=8, batch=2).cast(np.float32)
+    steps = 10 if options.quick else 100
     methods: list[Any] = [*methods_for("ODE"), *peers_for("ODE")]
     methods = [method for method in methods if not method.adaptive]
     if options.quick:
