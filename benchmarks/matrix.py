@@ -58,8 +58,8 @@ from rich.console import Console
 from rich.progress import track
 
 WIDTHS, BATCHES = (64, 256, 1024), (1, 64, 1024)
-LEAST_STEPS, MOST_STEPS = 10, 200
-WORK = 2e9  # Multiplications of a solve by Euler's method, of which the steps follow.
+LEAST_STEPS, MOST_STEPS = 10, 100
+WORK = 1e9  # Multiplications of a solve by Euler's method, of which the steps follow.
 SECONDS = 1.5  # Of repeats of one method.
 BASELINES = {"Reversible(Euler)": "Heun", "Reversible(Tsit5)": "Tsit5"}
 NETWORK_METHODS: list[Method | Peer] = [

@@ -14,6 +14,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 COLORS = {
     "reversax": "C0",
@@ -49,9 +50,9 @@ class Row:
 
 
 def cost(row: Row) -> tuple[float, int]:
-    """Milliseconds and bytes, of a method that met its target."""
+    """Seconds and bytes, of a method that met its target."""
     assert row.seconds is not None and row.bytes is not None
-    return row.seconds * 1e3, row.bytes
+    return row.seconds, row.bytes
 
 
 def front(rows: list[Row]) -> list[Row]:
@@ -65,15 +66,19 @@ def front(rows: list[Row]) -> list[Row]:
 
 def draw_panel(axes: Axes, rows: list[Row], styles: dict[str, dict]) -> None:
     for row in rows:
-        milliseconds, size = cost(row)
-        axes.loglog(size, milliseconds, **styles[row.method])
+        seconds, size = cost(row)
+        axes.loglog(size, seconds, **styles[row.method])
     # The bytes of PyTorch are another measure.
     best = front([row for row in rows if not row.library.startswith("torch")])
-    milliseconds, sizes = zip(*map(cost, best), strict=True) if best else ((), ())
+    seconds, sizes = zip(*map(cost, best), strict=True) if best else ((), ())
     style: dict[str, Any] = dict(color="0.75", linewidth=1, drawstyle="steps-pre")
-    axes.plot(sizes, milliseconds, zorder=0, **style)
+    axes.plot(sizes, seconds, zorder=0, **style)
     axes.grid(color="0.93")
     axes.set_axisbelow(True)
+    for axis, unit in ((axes.xaxis, "B"), (axes.yaxis, "s")):
+        axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axis.set_major_formatter(EngFormatter(unit))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def styles_of(rows: list[Row]) -> dict[str, dict]:
@@ -102,10 +107,10 @@ def draw(rows: list[Row], path: Path) -> None:
     """A column for each problem, a row for each of its two targets."""
     problems = list(dict.fromkeys(row.problem for row in rows))
     styles = styles_of(rows)
-    per_row = min(3, len(problems))
+    per_row = len(problems) if len(problems) < 5 else 3
     bands = -(-len(problems) // per_row)
     targets = 2 if len({(r.problem, r.target) for r in rows}) > len(problems) else 1
-    size = (4.2 * per_row, 3.1 * bands * targets + 2.2)
+    size = (4.0 * per_row, 3.1 * bands * targets + 1.6)
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(bands * targets, per_row, squeeze=False)
     for axes in grid.flat:
@@ -118,8 +123,8 @@ def draw(rows: list[Row], path: Path) -> None:
             met = [r for r in here if r.target == target and r.seconds is not None]
             draw_panel(axes, met, styles)
             axes.set_title(f"{problem}, error {target:g}", fontsize=10)
-            axes.set_xlabel("bytes")
-            axes.set_ylabel("milliseconds")
+            axes.set_xlabel("memory")
+            axes.set_ylabel("time")
     handles = {}
     for axes in grid.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

@@ -210,7 +210,7 @@ COLORS = {"reversax": "C0", "Diffrax": "C1", "plain JAX": "0.4"}
 def draw(results: dict[str, list[dict]], path: Path) -> None:
     """Time and bytes against what grows, of each part that was measured."""
     parts = [part for part in PANELS if part in results]
-    figure = Figure(figsize=(4.4 * len(parts), 6.0), layout="constrained")
+    figure = Figure(figsize=(5.0 * len(parts), 6.0), layout="constrained")
     grid = figure.subplots(2, len(parts), squeeze=False)
     for j, part in enumerate(parts):
         rows = results[part]
