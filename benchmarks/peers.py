@@ -93,7 +93,8 @@ class Kept:
         return torch.autograd.graph.saved_tensors_hooks(self.pack, lambda box: box[0])
 
     def pack(self, tensor: Any) -> "Box":
-        box, address = Box([tensor]), self._address(tensor)
+        # Detached, since an output that holds its own graph would never be released.
+        box, address = Box([tensor.detach()]), self._address(tensor)
         if address not in self.free:
             size = tensor.untyped_storage().nbytes()
             if address not in self.references:
