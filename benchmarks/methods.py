@@ -73,7 +73,9 @@ class Method:
         """The method by which to search for a number of steps."""
         if not self.exact:
             return self
-        return Method("", self.solver, "", CHECKPOINTED, self.adaptive)
+        # The exact one that takes the least time; in fixed point any is exact.
+        adjoint = REVERSED if self.solver.startswith("Reversible(") else CHECKPOINTED
+        return Method("", self.solver, "", adjoint, self.adaptive)
 
 
 def methods_for(kind: str, full: bool = True) -> list[Method]:
