@@ -20,19 +20,11 @@ in a separate run of a narrow network.
 
 import argparse
 import dataclasses
-import datetime
 import functools as ft
 import gc
-import importlib.metadata
-import json
-import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -40,7 +32,14 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
+from measuring import (
+    circumstances,
+    compile_program,
+    interleaved_times,
+    make_console,
+    parser_of,
+    write_json,
+)
 from rich.progress import Progress
 from rich.table import Table
 
@@ -203,18 +202,12 @@ def compile_gradient(setting: Setting, contestant: str, result: Result) -> Calla
     loss = make_loss(setting, contestant)
     jax.clear_caches()
     gc.collect()
-    start = time.perf_counter()
     gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-    lowered = jax.jit(gradient).lower(*args)
-    traced = time.perf_counter()
-    compiled = lowered.compile()
-    end = time.perf_counter()
-    result.trace_times.append(traced - start)
-    result.compile_times.append(end - traced)
-    memory = compiled.memory_analysis()
-    assert memory is not None
-    result.temp_bytes = memory.temp_size_in_bytes
-    return compiled
+    program = compile_program(gradient, *args)
+    result.trace_times.append(program.trace_seconds)
+    result.compile_times.append(program.compile_seconds)
+    result.temp_bytes = program.temporary_bytes
+    return program.run
 
 
 @ft.cache
@@ -238,10 +231,9 @@ def count_evaluations(setting: Setting, contestant: str) -> tuple[float, float]:
 def time_runs(
     setting: Setting, compiled: dict, results: dict[str, Result], repeats: int
 ) -> None:
-    """Times the contestants in turn, so that a slow spell hits them all."""
     args, _ = setting.inputs()
     gradients = {}
-    for contestant, run in compiled.items():  # Warms up.
+    for contestant, run in compiled.items():
         (_, steps), gradient = run(*args)
         results[contestant].accepted_steps = float(jnp.mean(steps))
         gradients[contestant] = jax.flatten_util.ravel_pytree(gradient)[0]
@@ -249,11 +241,9 @@ def time_runs(
     for contestant, result in results.items():
         error = jnp.linalg.norm(gradients[contestant] - reference)
         result.difference = float(error / jnp.linalg.norm(reference))
-    for _ in range(repeats):
-        for contestant, run in compiled.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run(*args))
-            results[contestant].times.append(time.perf_counter() - start)
+    runs = {name: ft.partial(run, *args) for name, run in compiled.items()}
+    for contestant, times in interleaved_times(runs, repeats).items():
+        results[contestant].times = times
 
 
 def measure(setting: Setting, options: argparse.Namespace) -> dict[str, Result]:
@@ -337,40 +327,20 @@ def requirements_table(measured: dict[Setting, dict[str, Result]]) -> Table:
     return table
 
 
-def circumstances(options: argparse.Namespace) -> dict[str, Any]:
-    packages = ("jax", "jaxlib", "diffrax", "equinox", "reversax")
-    return dict(
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        versions={name: importlib.metadata.version(name) for name in packages},
-        python=platform.python_version(),
-        platform=platform.platform(),
-        device=str(jax.devices()[0].device_kind),
-        cpu_count=os.cpu_count(),
-        load_average=os.getloadavg() if hasattr(os, "getloadavg") else None,
-        width_and_batch=WIDTH_AND_BATCH,
-        options={k: v for k, v in vars(options).items() if k != "json"},
-    )
-
-
-def write_json(path: Path, about: dict, measured: dict) -> None:
-    rows = [
+def as_rows(measured: dict) -> list[dict]:
+    return [
         vars(setting) | dict(contestant=contestant) | vars(result)
         for setting, results in measured.items()
         for contestant, result in results.items()
     ]
-    path.write_text(json.dumps(about | dict(results=rows), indent=1) + "\n")
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--steps", type=int, default=1000, help="of the small network")
     add("--large-steps", type=int, default=100, help="of the large network")
-    add("--repeats", type=int, default=5, help="timed runs of each")
     add("--compiles", type=int, default=3, help="of each, of the small network")
-    add("--seed", type=int, default=0)
-    add("--quick", action="store_true", help="a smoke test, two short solves")
-    add("--json", type=Path, metavar="PATH", help="where to write the results")
     if parser.parse_args().quick:
         parser.set_defaults(steps=50, repeats=2, compiles=1)
     return parser.parse_args()
@@ -379,8 +349,8 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     options = parse_options()
     jax.config.update("jax_enable_compilation_cache", False)
-    console = Console(width=None if sys.stdout.isatty() else 128)
-    about = circumstances(options)
+    console = make_console()
+    about = circumstances(options) | dict(width_and_batch=WIDTH_AND_BATCH)
     console.print(about)
     measured = {}
     with Progress(console=console, transient=True) as progress:
@@ -391,8 +361,7 @@ def main() -> None:
             progress.console.print(f"{setting.title}: measured in {took:.0f} s")
     console.print(results_table(measured))
     console.print(requirements_table(measured))
-    if options.json is not None:
-        write_json(options.json, about, measured)
+    write_json(options.json, about, as_rows(measured))
 
 
 if __name__ == "__main__":

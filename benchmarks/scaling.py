@@ -1,110 +1,145 @@
-"""What a step costs: in ever longer solves, and on a Brownian path.
+"""What a step costs: by number of steps, size of the state, batch; on a Brownian path.
 
 - `length`: the time and the temporary bytes of a gradient, per step, of a small system
-  from a thousand to a million steps. Both should hardly grow: what does, a bit of each
+  from a hundred to a million steps. Both should hardly grow: what does, a bit of each
   element of the state at every fourth step, is what the default scheme keeps.
+- `size`: the same for a chain of pendulums, from 2 numbers to 65,536, in 200 steps.
+- `batch`: the same for a network of width 32 and a batch of 1 to 4,096 states, either
+  "batched" inside the field or by a "vmap" of the solve, in 100 steps.
 - `path`: how much of a stochastic solve goes into evaluating its Brownian tree: the
   same solve is timed on a path that costs next to nothing. Reversible solvers evaluate
   the tree once a step in each pass, for both halves of the step.
 
-    python benchmarks/scaling.py           # both, some minutes
+    python benchmarks/scaling.py           # all, some minutes
     python benchmarks/scaling.py length    # one of them
     python benchmarks/scaling.py --quick   # to see that it runs
 
-Ratios are of runs in turn on one machine, from medians. The packages it needs come with
-the extra `examples`.
+Compared are a reversible solver, the plain one of its order with checkpoints, and the
+plain one in a `jax.lax.scan` that stores what it needs, but not on the path. Times are
+medians of runs in turn. The packages it needs come with the extra `examples`.
 """
 
 import argparse
-import json
-import statistics
-import sys
-import time
-from collections.abc import Callable, Mapping
+import functools as ft
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffrax
 import jax
 import jax.numpy as jnp
-from gradient import circumstances
-from jax.stages import Compiled
+import numpy as np
+from matplotlib.figure import Figure
+from measuring import (
+    Program,
+    circumstances,
+    compile_gradient,
+    compile_program,
+    interleaved_times,
+    make_console,
+    medians,
+    parser_of,
+    print_table,
+    write_json,
+)
+from methods import (
+    CHECKPOINTED,
+    REVERSED,
+    SOLVERS,
+    Method,
+    make_gradient,
+    make_loss,
+)
+from problems import Problem, mlp, normal_weights
 from rich.console import Console
-from schemes import print_table
+from rich.progress import track
 
-import reversax
-
-REVERSED = reversax.ReversibleAdjoint()
-CHECKPOINTED = diffrax.RecursiveCheckpointAdjoint()
-
-
-def median_times(programs: Mapping[Any, Compiled], repeats: int, *inputs) -> dict:
-    """The median seconds of each program; the repeats are interleaved."""
-    for program in programs.values():
-        jax.block_until_ready(program(*inputs))
-    times = {name: [] for name in programs}
-    for _ in range(repeats):
-        for name, program in programs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(program(*inputs))
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+METHODS = (
+    Method("reversax", "Reversible(Euler)", "reversed", REVERSED),
+    Method("Diffrax", "Heun", "checkpoints", CHECKPOINTED),
+    Method("plain JAX", "Heun", "stored"),
+)
+STOCHASTIC = METHODS[:2]
+SECONDS = 2.0  # Of repeats of one program.
 
 
-def compiled_gradient(loss: Callable, *inputs) -> Compiled:
-    return jax.jit(jax.value_and_grad(loss)).lower(*inputs).compile()
+def measure_each(
+    problems: list[tuple[dict, Problem, int, bool]],
+    options: argparse.Namespace,
+    console: Console,
+) -> list[dict]:
+    """A row for each problem, with what is to be said of it, how many steps it takes
+    and whether by `vmap`; and each method."""
+    rows, cases = [], [(case, method) for case in problems for method in METHODS]
+    runs: dict[int, Callable] = {}
+    for case, method in track(cases, "compiling", console=console, transient=True):
+        about, problem, steps, vmap = case
+        problem = problem.cast(np.float32)
+        loss = make_loss(problem, method, steps, vmap)
+        inputs = jax.tree.map(jnp.asarray, problem.inputs)
+        dt = jnp.asarray(problem.t1 / steps, jnp.float32)
+        program = compile_program(make_gradient(loss), inputs, dt)
+        row = about | {"steps": steps, "gradient": f"{method.library}: {method.name}"}
+        runs[len(rows)] = ft.partial(program.run, inputs, dt)
+        rows.append(row | {"bytes": program.temporary_bytes})
+    times = medians(interleaved_times(runs, options.repeats, SECONDS))
+    for i, row in enumerate(rows):
+        row["microseconds a step"] = times[i] / row["steps"] * 1e6
+    return rows
 
 
-def temporary_bytes(program: Compiled) -> int | None:
-    memory = program.memory_analysis()
-    return None if memory is None else memory.temp_size_in_bytes
+def pendulums(number: int) -> Problem:
+    """A chain of them, each of which feels the next; a ring if there are more than
+    one."""
+
+    def field(xp, t, y, parameters):
+        (stiffness,) = parameters
+        angle, speed = y[0], y[1]
+        pull = stiffness * (xp.roll(angle, 1, 0) - angle)
+        return xp.stack([speed, pull - xp.sin(angle)])
+
+    rng = np.random.default_rng(0)
+    y0 = rng.standard_normal((2, number))
+    return Problem("pendulums", field, (np.array(0.5),), y0, 10.0)
 
 
-def long_loss(solver, adjoint, steps: int) -> Callable:
-    """A pendulum, for a time of ten whatever the number of steps."""
-
-    def loss(y0):
-        field = lambda t, y, args: jnp.stack([y[1], -jnp.sin(y[0])])
-        dt0 = 10 / steps
-        solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(field),
-            solver,
-            *(0.0, 10.0, dt0, y0),
-            adjoint=adjoint,
-            max_steps=steps + 1,
-        )
-        assert solution.ys is not None
-        return jnp.sum(solution.ys**2)
-
-    return loss
-
-
-LONG = {
-    "reversible Euler, reversed": (reversax.Reversible(diffrax.Euler()), REVERSED),
-    "Heun, checkpointed": (diffrax.Heun(), CHECKPOINTED),
-}
+def small_network(batch: int) -> Problem:
+    rng = np.random.default_rng(1)
+    field = lambda xp, t, y, parameters: mlp(xp, y, parameters)
+    y0 = rng.standard_normal((batch, 8))
+    return Problem("network", field, normal_weights(rng, 8, 32, 8), y0, 1.0)
 
 
 def length(options: argparse.Namespace, console: Console) -> list[dict]:
-    lengths = (100, 1_000) if options.quick else (1_000, 10_000, 100_000, 1_000_000)
-    y0 = jnp.array([1.0, 0.0])
-    programs = {
-        (name, steps): compiled_gradient(long_loss(solver, adjoint, steps), y0)
-        for steps in lengths
-        for name, (solver, adjoint) in LONG.items()
-    }
-    times = median_times(programs, options.repeats, y0)
-    rows = [
-        {
-            "gradient": name,
-            "steps": steps,
-            "microseconds a step": seconds / steps * 1e6,
-            "bytes": temporary_bytes(programs[name, steps]),
-        }
-        for (name, steps), seconds in times.items()
-    ]
-    caption = f"Medians of {options.repeats} runs in turn, single precision."
+    lengths = (100, 1_000, 10_000, 100_000, 1_000_000)[: 2 if options.quick else 5]
+    problems = [({}, pendulums(1), steps, False) for steps in lengths]
+    rows = measure_each(problems, options, console)
+    caption = f"Medians of at most {options.repeats} runs in turn, single precision."
     print_table(console, "Ever longer solves", rows, caption)
+    return rows
+
+
+def size(options: argparse.Namespace, console: Console) -> list[dict]:
+    sizes = (2, 16) if options.quick else (2, 32, 512, 8_192, 65_536)
+    steps = 20 if options.quick else 200
+    problems = [({"state": n}, pendulums(n // 2), steps, False) for n in sizes]
+    rows = measure_each(problems, options, console)
+    caption = f"Medians of at most {options.repeats} runs in turn, single precision."
+    print_table(console, "Ever larger states", rows, caption)
+    return rows
+
+
+def batch(options: argparse.Namespace, console: Console) -> list[dict]:
+    batches = (1, 4) if options.quick else (1, 16, 256, 4_096)
+    steps = 20 if options.quick else 100
+    problems = [
+        ({"batching": kind, "batch": n}, small_network(n), steps, kind == "vmap")
+        for kind in ("batched", "vmap")
+        for n in batches
+    ]
+    rows = measure_each(problems, options, console)
+    caption = f"Medians of at most {options.repeats} runs in turn, single precision."
+    print_table(console, "Ever larger batches", rows, caption)
     return rows
 
 
@@ -139,12 +174,6 @@ def path_loss(solver, adjoint, path, steps: int) -> Callable:
     return loss
 
 
-STOCHASTIC = {
-    "reversible Euler, reversed": (reversax.Reversible(diffrax.Euler()), REVERSED),
-    "Heun, checkpointed": (diffrax.Heun(), CHECKPOINTED),
-}
-
-
 def path(options: argparse.Namespace, console: Console) -> list[dict]:
     steps, width = (20 if options.quick else options.steps), 64
     keys = jax.random.split(jax.random.key(options.seed), 4)
@@ -152,15 +181,19 @@ def path(options: argparse.Namespace, console: Console) -> list[dict]:
     y0 = jax.random.normal(keys[2], (width,))
     tree = diffrax.VirtualBrownianTree(0.0, 1.0, 0.5 / steps, (width,), keys[3])
     paths = {"tree": tree, "wave": Wave(jnp.linspace(1.0, 9.0, width))}
-    programs: dict[Any, Compiled] = {}
-    for name, (solver, adjoint) in STOCHASTIC.items():
+    programs: dict[Any, Program] = {}
+    for method in STOCHASTIC:
+        assert method.adjoint is not None
+        solver, adjoint = SOLVERS[method.solver], method.adjoint(steps)
+        name = f"{method.library}: {method.name}"
         for kind, driver in paths.items():
             loss = path_loss(solver, adjoint, driver, steps)
-            programs[name, kind, "forward"] = jax.jit(loss).lower(weights, y0).compile()
-            programs[name, kind, "gradient"] = compiled_gradient(loss, weights, y0)
-    times = median_times(programs, options.repeats, weights, y0)
+            programs[name, kind, "forward"] = compile_program(loss, weights, y0)
+            programs[name, kind, "gradient"] = compile_gradient(loss, weights, y0)
+    runs = {key: ft.partial(p.run, weights, y0) for key, p in programs.items()}
+    times = medians(interleaved_times(runs, options.repeats))
     rows = []
-    for name in STOCHASTIC:
+    for name in dict.fromkeys(name for name, _, _ in programs):
         for what in ("forward", "gradient"):
             tree_s, wave_s = (times[name, kind, what] / steps for kind in paths)
             row = {"solver": name, "of": what, "microseconds a step": tree_s * 1e6}
@@ -170,25 +203,55 @@ def path(options: argparse.Namespace, console: Console) -> list[dict]:
     return rows
 
 
-PARTS = (length, path)
+PANELS = {"length": "steps", "size": "state", "batch": "batch"}
+COLORS = {"reversax": "C0", "Diffrax": "C1", "plain JAX": "0.4"}
+
+
+def draw(results: dict[str, list[dict]], path: Path) -> None:
+    """Time and bytes against what grows, of each part that was measured."""
+    parts = [part for part in PANELS if part in results]
+    figure = Figure(figsize=(5.0 * len(parts), 6.0), layout="constrained")
+    grid = figure.subplots(2, len(parts), squeeze=False)
+    for j, part in enumerate(parts):
+        rows = results[part]
+        for i, key in enumerate(("microseconds a step", "bytes")):
+            axes = grid[i, j]
+            lines = dict.fromkeys((r["gradient"], r.get("batching")) for r in rows)
+            for gradient, batching in lines:
+                mine = [r for r in rows if r["gradient"] == gradient]
+                mine = [r for r in mine if r.get("batching") == batching]
+                color = COLORS[gradient.split(":")[0]]
+                style = "o:" if batching == "vmap" else "o-"
+                label = None if batching == "vmap" else gradient
+                xs = [r[PANELS[part]] for r in mine]
+                ys = [r[key] for r in mine]
+                axes.loglog(xs, ys, style, color=color, markersize=4, label=label)
+            axes.grid(color="0.93")
+            axes.set_ylabel(key)
+        names = {"length": "steps", "size": "numbers in the state"}
+        dotted = "states in the batch (dotted: by vmap)"
+        grid[1, j].set_xlabel(names.get(part, dotted))
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    figure.savefig(path, dpi=130)
+
+
+PARTS = (length, size, batch, path)
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("part", nargs="?", choices=[f.__name__ for f in PARTS], help="by default all")
     add("--steps", type=int, default=1000, help="of the path part")
-    add("--repeats", type=int, default=5, help="timed runs of each")
-    add("--seed", type=int, default=0)
-    add("--quick", action="store_true", help="a smoke test, short solves")
-    add("--json", type=Path, metavar="PATH", help="where to write the results")
+    add("--figure", type=Path, metavar="PATH", help="where to draw the first three")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse_options()
-    # Rich takes a file or a pipe to be 80 columns wide, less than the tables need.
-    console = Console(width=None if sys.stdout.isatty() else 128)
+    jax.config.update("jax_enable_compilation_cache", False)
+    console = make_console()
     about = circumstances(options)
     console.print(about)
     results = {
@@ -196,9 +259,9 @@ def main() -> None:
         for measure in PARTS
         if options.part in (None, measure.__name__)
     }
-    if options.json is not None:
-        text = json.dumps(about | results, indent=1, default=str)
-        options.json.write_text(text + "\n")
+    if options.figure is not None and options.part != "path":
+        draw(results, options.figure)
+    write_json(options.json, about, results)
 
 
 if __name__ == "__main__":

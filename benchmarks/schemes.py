@@ -18,10 +18,8 @@ The published coupling, McCallumFoster, is always in floating point.
 
 import argparse
 import functools as ft
-import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,11 +30,19 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gradient import Setting, circumstances
+from gradient import Setting
 from matplotlib.figure import Figure
+from measuring import (
+    circumstances,
+    interleaved_times,
+    make_console,
+    parser_of,
+    print_table,
+    relative_error,
+    write_json,
+)
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import reversax
 
@@ -59,31 +65,6 @@ class RungeKutta4(diffrax.AbstractERK):
 def solve(field, solver, t1, dt0, y0, args=None, **kwargs) -> Any:
     term = diffrax.ODETerm(field)
     return diffrax.diffeqsolve(term, solver, 0.0, t1, dt0, y0, args, **kwargs)
-
-
-def relative_error(x: Any, reference: Any) -> float:
-    """`|x - reference| / |reference|` over all leaves, in double precision."""
-    # By numpy, since outside of `enable_x64` JAX would make them single.
-    flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
-    x, reference = np.float64(flat(x)), np.float64(flat(reference))
-    return float(np.linalg.norm(x - reference) / np.linalg.norm(reference))
-
-
-def as_cell(x: Any) -> str:
-    if isinstance(x, float):
-        return f"{x:.2f}" if 0.01 < abs(x) < 1000 else f"{x:.1e}"
-    return {None: "-", True: "yes", False: "no"}.get(x) or str(x)
-
-
-def print_table(console: Console, title: str, rows: list[dict], caption="") -> None:
-    """One column for each key, one section for each value of the first."""
-    table = Table(title=title, caption=caption, caption_justify="left")
-    for heading, x in rows[0].items():
-        table.add_column(heading, justify="right" if type(x) is float else "left")
-    first = [next(iter(row.values())) for row in rows]
-    for row, x, following in zip(rows, first, [*first[1:], None], strict=True):
-        table.add_row(*map(as_cell, row.values()), end_section=x != following)
-    console.print(table)
 
 
 # Of speed, at most these ratios are required.
@@ -133,22 +114,15 @@ def truncation_errors(setting: Setting) -> dict[str, float]:
 
 
 def measure_times(setting: Setting, repeats: int) -> dict[str, list[float]]:
-    """Times the contestants in turn, so that a slow spell hits them all."""
     args, _ = setting.inputs()
     compiled = {}
     for name, method in FAST.items():
         batch = final_states(setting, *method)
         loss = lambda weights, y0s, batch=batch: jnp.sum(batch(weights, y0s) ** 2)
         gradient = jax.value_and_grad(loss, argnums=(0, 1))
-        compiled[name] = jax.jit(gradient).lower(*args).compile()
-        jax.block_until_ready(compiled[name](*args))  # Warms up.
-    times = {name: [] for name in compiled}
-    for _ in range(repeats):
-        for name, run in compiled.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run(*args))
-            times[name].append(time.perf_counter() - start)
-    return times
+        run = jax.jit(gradient).lower(*args).compile()
+        compiled[name] = ft.partial(run, *args)
+    return interleaved_times(compiled, repeats)
 
 
 def requirements(medians: dict[str, dict[str, float]]) -> Iterator[dict]:
@@ -361,15 +335,11 @@ PARTS = (speed, precision, damped)
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("part", nargs="?", choices=[f.__name__ for f in PARTS], help="by default all")
     add("--steps", type=int, default=1000, help="of the speed part")
-    add("--repeats", type=int, default=5, help="timed runs of each")
-    add("--seed", type=int, default=0)
-    add("--quick", action="store_true", help="a smoke test, short solves")
     add("--figure", type=Path, metavar="PATH", help="where to draw the precision")
-    add("--json", type=Path, metavar="PATH", help="where to write the results")
     if parser.parse_args().quick:
         parser.set_defaults(steps=50, repeats=2)
     return parser.parse_args()
@@ -378,8 +348,7 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     options = parse_options()
     jax.config.update("jax_enable_compilation_cache", False)
-    # Rich takes a file or a pipe to be 80 columns wide, less than the tables need.
-    console = Console(width=None if sys.stdout.isatty() else 128)
+    console = make_console()
     about = circumstances(options)
     console.print(about)
     results = {}
@@ -389,9 +358,7 @@ def main() -> None:
             start = time.perf_counter()
             results[part] = measure(options, console)
             console.print(f"{part}: measured in {time.perf_counter() - start:.0f} s")
-    if options.json is not None:
-        text = json.dumps(about | results, indent=1, default=str)
-        options.json.write_text(text + "\n")
+    write_json(options.json, about, results)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,86 @@
+"""The benchmarks run from end to end, and what they wrote can be drawn again."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+RESULTS = BENCHMARKS / "results"
+
+
+def run(name, *options):
+    # Unoptimised programs are compiled in less time, and hardly run here.
+    env = dict(os.environ, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    command = [sys.executable, str(BENCHMARKS / name), *map(str, options)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_quickly(name, folder, *options):
+    """What a benchmark writes in its smallest setting."""
+    path = folder / "results.json"
+    run(name, *options, "--quick", "--json", path)
+    return json.loads(path.read_text())
+
+
+def assert_shows_something(figure):
+    pixels = imread(figure)
+    assert min(pixels.shape[:2]) > 300
+    assert pixels[..., :3].std() > 0.03, "the figure is nearly blank"
+
+
+def test_the_published_figure_is_drawn_of_the_published_results(tmp_path):
+    results = sorted(RESULTS.glob("accuracy*.json"))
+    run("pareto.py", tmp_path / "pareto.png", *results)
+    assert_shows_something(tmp_path / "pareto.png")
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda p: p.stem)
+def test_published_results_say_with_what_they_were_measured(path):
+    about = json.loads(path.read_text())
+    assert {"date", "versions", "device", "cpu_count", "options"} <= set(about)
+    assert "seed" in about["options"]
+    assert not about["options"]["quick"]
+
+
+@pytest.mark.heavy
+def test_accuracy_times_methods_only_where_they_meet_their_target(tmp_path):
+    figure = tmp_path / "figure.png"
+    rows = run_quickly("accuracy.py", tmp_path, "--figure", figure)["results"]
+    timed = {row["method"]: row for row in rows if row["seconds"] is not None}
+    assert {"Reversible(Tsit5), reversed", "Tsit5, checkpoints"} <= set(timed)
+    assert all(row["error"] <= row["target"] for row in timed.values())
+    # The same solver has the same gradient, however it is differentiated, to round-off
+    # in single precision: measured 3e-7 of a gradient that is wrong by up to 1e-3.
+    ours, control = timed["Tsit5, checkpoints"], timed["Tsit5, stored"]
+    assert ours["steps"] == control["steps"]
+    assert abs(ours["error"] - control["error"]) < 1e-5
+    assert_shows_something(figure)
+
+
+@pytest.mark.heavy
+def test_matrix_counts_the_evaluations_of_a_reversible_step(tmp_path):
+    figure = tmp_path / "figure.png"
+    results = run_quickly("matrix.py", tmp_path, "--figure", figure)
+    rows = {row["method"]: row for row in results["evaluations"]}
+    # Two a step, in either pass.
+    assert rows["Reversible(Euler), reversed"]["forward"] == 2
+    assert rows["Reversible(Euler), reversed"]["gradient"] == 4
+    assert {row["batching"] for row in results["networks"]} == {"batched", "vmap"}
+    assert all(row["seconds"] > 0 for row in results["networks"])
+    assert_shows_something(figure)
+
+
+@pytest.mark.heavy
+def test_scaling_measures_every_part(tmp_path):
+    figure = tmp_path / "figure.png"
+    results = run_quickly("scaling.py", tmp_path, "--figure", figure)
+    for part in ("length", "size", "batch", "path"):
+        assert all(row["microseconds a step"] > 0 for row in results[part])
+    assert_shows_something(figure)
