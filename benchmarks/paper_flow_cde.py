@@ -95,7 +95,7 @@ def moons_model(seed: int, quick: bool) -> Model:
         network=network,
         batch=(batch,),
         training=Training(small, batches, optax.adamw(LEARNING_RATE)),
-        training_steps=400,
+        training_steps=200,
         steps=4 if quick else STEPS,
         score=lambda network: {},
     )
