@@ -115,7 +115,7 @@ def parse_options() -> argparse.Namespace:
     add = parser.add_argument
     names = [f.__name__ for f in PARTS]
     add("part", nargs="?", choices=names, help="by default all")
-    add("--repeats", type=int, default=11, help="timed runs of each")
+    add("--repeats", type=int, default=31, help="timed runs of each")
     add("--seed", type=int, default=0)
     add("--quick", action="store_true", help="a smoke test, hardly trained")
     add("--figure", type=Path, metavar="DIR", help="where to draw the figures")
