@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 STYLES = {
@@ -38,6 +39,7 @@ def draw_curves(curves: dict[str, dict[str, Any]], xlabel: str, path: Path) -> N
     for axes, (base, curve) in zip(panels, curves.items(), strict=True):
         for method, errors in curve["errors"].items():
             line(axes, curve["rungs"], errors, method)
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(base)
         axes.set_xlabel(xlabel)
         axes.grid(color="0.9")

@@ -120,7 +120,7 @@ def draw(rows: list[Row], path: Path) -> None:
         for j, target in enumerate(dict.fromkeys(row.target for row in here)):
             axes = grid[i // per_row * targets + j, i % per_row]
             axes.set_visible(True)
-            met = [r for r in here if r.target == target and r.seconds is not None]
+            met = [r for r in here if r.target == target and r.seconds and r.bytes]
             draw_panel(axes, met, styles)
             axes.set_title(f"{problem}, error {target:g}", fontsize=10)
             axes.set_xlabel("memory")
