@@ -16,7 +16,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from ._backward import Carry, Walk, walk_back, wide
-from ._certificate import certificate, round_trip
+from ._certificate import certificate, checked_tangents, round_trip
 from ._clock import Clock
 from ._compat import NONFINITE
 from ._coupling import Index, Pair
@@ -148,7 +148,7 @@ def _walk_back_and_check(
             lambda c: c.ts, ct_clock, ct_ts, is_leaf=lambda x: x is None
         )
     ct = ct_pair, ct_increment, walk.add_fns(ct_fns_before, ct_fns), ct_clock
-    check = ft.partial(_check, setup.round_trip_tolerance, setup.throw)
+    check = ft.partial(_check, setup.throw)
     zeros = walk.each(
         check, carry.pair, pair0, carry.scale, carry.round_trips, residuals.pair
     )
@@ -162,11 +162,13 @@ def _refuse_if_used(ct_controller_state: PyTree, ct_clock: Clock) -> Clock:
     return eqx.error_if(ct_clock, used, _CONTROLLER_STATE_USED)
 
 
-def _check(tolerance, throw, lane: Lane, reconstructed, true, scale, errors, final):
+def _check(throw, lane: Lane, reconstructed, true, scale, errors, final):
     """The certificate of one lane."""
     last = round_trip(lane.scheme, reconstructed, true, scale)
     errors = jtu.tree_map(jnp.maximum, errors, last)
-    return certificate(tolerance, throw, lane.scheme, errors, final)
+    tolerance = lane.round_trip_tolerance
+    zero = certificate(tolerance, throw, lane.scheme, errors, final)
+    return checked_tangents(tolerance, true, reconstructed, zero, final)[1]
 
 
 def _walk(residuals, ct, perturbed, parts, setup: Setup, axes: Axes | None) -> Walk:
@@ -375,6 +377,7 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     allow: at 0.999 some 13,500 steps in double precision and 3,400 in single; with
     [`reversax.Symmetric`][] 92 and 34. It knows nothing of the vector field: on a
     contracting flow give a smaller number. Needs `max_steps`, else nothing is kept.
+    With [`reversax.FixedPoint`][] a number has the tangents of long Hessians restart.
 - `progress_meter`: shows how far the backward pass has come (the `progress_meter` of
     `diffrax.diffeqsolve` shows the forward pass), by default nothing; of a batch, how
     far the lane with most steps has.
@@ -387,6 +390,6 @@ its arithmetic, `equinox.EquinoxRuntimeError`. When differentiated,
 of your own whose steps have a derivative with respect to the state;
 `equinox.EquinoxRuntimeError` for a derivative with respect to times through a returned
 `controller_state`. In the backward pass, `equinox.EquinoxRuntimeError` if the round
-trip exceeds the tolerance. With `throw=False` a solve that itself overflowed gets a
-gradient of NaN instead.
+trip exceeds the tolerance, or the tangents of a Hessian have lost half their digits.
+With `throw=False` a solve that itself overflowed gets a gradient of NaN instead.
 """

@@ -17,6 +17,11 @@ zero. So `s` of a leaf is never taken smaller than
     (M)    64 sqrt(eps) * max over leaves of s,
 
 by which, at the default tolerance, an error of 64 ulps of the largest leaf passes.
+
+Where a gradient is differentiated in forward mode, the pair has tangents, which are
+floating-point numbers in every arithmetic: undoing a step magnifies their round-off. At
+t0 and where the way back restarts their true values are known too, so they are checked
+there, to the square root of `eps`.
 """
 
 import functools as ft
@@ -29,6 +34,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
 from ._coupling import Pair
+from ._guard import agreeing
 from ._pair import Scheme
 from ._solver import is_finite
 
@@ -75,6 +81,40 @@ def relative_size(difference: Pair, scale: Scale) -> list[Float[Array, ""]]:
 
 def default_tolerance(leaves: Sequence[Array]) -> float:
     return math.sqrt(max(float(jnp.finfo(x.dtype).eps) for x in leaves))
+
+
+_TANGENTS_LOST = (
+    "A gradient of `diffrax.diffeqsolve(..., adjoint=reversax.ReversibleAdjoint())` "
+    "was differentiated in forward mode (`jax.hessian`, `jax.jvp` of `jax.grad`), and "
+    "its backward pass lost the tangents of the states: undoing a step magnifies their "
+    "round-off, in fixed point too. Have them restart: "
+    "`reversax.ReversibleAdjoint(restart_every=...)`, with 32 in single precision or "
+    "64 in double for `reversax.Symmetric()`, fewer steps on a contracting flow. Or "
+    "use `adjoint=diffrax.DirectAdjoint()` with the same solver."
+)
+
+
+def checked_tangents(
+    tolerance: float | None, true: Pair, reconstructed: Pair, zero: Array, *others: Pair
+) -> tuple[Pair, Array]:
+    """`true` and `zero`, which raise if there are tangents and those of the true pair
+    were not `reconstructed`, relative to the largest of theirs and of `others`."""
+    values, rest = eqx.partition(true, eqx.is_inexact_array)
+    leaves, treedef = jtu.tree_flatten(values)
+    if tolerance == math.inf or len(leaves) == 0:
+        return true, zero
+    found, more = [
+        jtu.tree_leaves(eqx.filter(x, eqx.is_inexact_array))
+        for x in (reconstructed, others)
+    ]
+    *leaves, zero = agreeing(
+        [*leaves, zero],
+        [*found, zero],
+        more,
+        tolerance or default_tolerance(leaves),
+        _TANGENTS_LOST,
+    )
+    return eqx.combine(treedef.unflatten(leaves), rest), zero
 
 
 _INEXACT_REMEDY = (

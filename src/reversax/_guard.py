@@ -2,7 +2,8 @@
 
 `reverse_only` may be passed in reverse mode and not in forward mode, `forward_only`,
 for what the reverse mode returns, the other way round, and `detached` in neither.
-`with_derivative_of` has the value of one thing and the derivative of another.
+`with_derivative_of` has the value of one thing and the derivative of another, and
+`agreeing` is an identity whose forward-mode derivative is checked.
 
 A `custom_vjp` cannot be differentiated in forward mode, and says so without naming the
 solve it belongs to. Both modes begin with the same forward rule, so the rule cannot
@@ -10,6 +11,10 @@ tell them apart; but only forward mode ever *evaluates* the tangent, or applies 
 to it. The tangent is therefore carried by a primitive that can only be transposed.
 """
 
+import functools as ft
+from collections.abc import Sequence
+
+import equinox as eqx
 import jax
 import jax.extend.core
 import jax.numpy as jnp
@@ -121,6 +126,63 @@ def with_derivative_of(x: Array, value: Array) -> Array:
     **Arguments:** `x` and `value`, arrays of one shape and dtype.
     """
     return _with_derivative_of_p.bind(x, value)
+
+
+_agreeing_p = jax.extend.core.Primitive("agreeing")
+_agreeing_p.multiple_results = True
+
+
+def _first(*args, num: int, **_) -> list[Array]:
+    return list(args[:num])
+
+
+_agreeing_p.def_impl(_first)
+_agreeing_p.def_abstract_eval(_first)
+mlir.register_lowering(_agreeing_p, mlir.lower_fun(_first, multiple_results=True))
+
+
+def _agreeing_batch(args, dims, **params):
+    return _agreeing_p.bind(*args, **params), _first(*dims, **params)
+
+
+def _agreeing_jvp(primals, tangents, *, num: int, tolerance: float, message: str):
+    out = _agreeing_p.bind(*primals, num=num, tolerance=tolerance, message=message)
+    dense = [
+        jnp.zeros_like(x) if isinstance(t, ad.Zero) else t
+        for x, t in zip(primals, tangents, strict=True)
+    ]
+    largest = lambda xs: ft.reduce(
+        jnp.maximum, [jnp.max(jnp.abs(x), initial=0).astype(float) for x in xs]
+    )
+    xs, ys = dense[:num], dense[num : 2 * num]
+    off = largest([x - y for x, y in zip(xs, ys, strict=True)])
+    # NaN passes: whoever gets it sees it.
+    return out, eqx.error_if(xs, off > tolerance * largest(dense), message)
+
+
+batching.primitive_batchers[_agreeing_p] = _agreeing_batch
+ad.primitive_jvps[_agreeing_p] = _agreeing_jvp
+
+
+def agreeing(
+    xs: Sequence[Array],
+    ys: Sequence[Array],
+    others: Sequence[Array],
+    tolerance: float,
+    message: str,
+) -> list[Array]:
+    """Returns `xs`, whose tangents must be those of `ys` where there are any.
+
+    **Arguments:** `xs` and `ys`, floating-point arrays of the same shapes and dtypes;
+    `others`, more of them, of any shape; `tolerance`, by how much the tangents of `xs`
+    and `ys` may differ, relative to the largest tangent of all three; `message`, what
+    to say if they differ by more.
+
+    **Raises:** `equinox.EquinoxRuntimeError` then, when a forward-mode derivative is
+    evaluated.
+    """
+    params = dict(num=len(xs), tolerance=tolerance, message=message)
+    return _agreeing_p.bind(*xs, *ys, *others, **params)
 
 
 def forward_only(x: Array) -> Array:

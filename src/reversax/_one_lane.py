@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
 from ._arithmetic import State
-from ._certificate import Scale, largest_of_pair, round_trip
+from ._certificate import Scale, checked_tangents, largest_of_pair, round_trip
 from ._clock import Clock, any_of, inexact, pull_through
 from ._control import Time
 from ._coupling import Index, Pair
@@ -102,6 +102,7 @@ class Lane(eqx.Module):
     dense: bool = eqx.field(static=True)
     times: bool = eqx.field(static=True)
     """Whether anything of the clock is differentiated."""
+    round_trip_tolerance: float | None = eqx.field(static=True)
     observations: list[Observation]
     ct_dense: CotangentOfDense
     diff: tuple[AbstractIncrement, list[Callable]]
@@ -159,6 +160,9 @@ class Lane(eqx.Module):
         how much that was off."""
         at, kept = self.tape.kept_pair(index, pair0)
         errors = round_trip(self.scheme, pair0, kept, scale)
+        if self.tape.record.pairs is not None:
+            zero = jnp.zeros(())
+            kept, _ = checked_tangents(self.round_trip_tolerance, kept, pair0, zero)
         return kept, [jnp.where(at, x, 0) for x in errors]
 
     def ends(self, pair0: Pair, pair1: Pair, z, increment, dense_info) -> StepEnds:
@@ -282,6 +286,7 @@ def make_lane(
         error=setup.error,
         dense=setup.dense,
         times=times,
+        round_trip_tolerance=setup.round_trip_tolerance,
         observations=[
             Observation(sub, ts, ct_ys, ct_ts if times else None)
             for sub, ts, ct_ys, ct_ts in rows
