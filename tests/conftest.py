@@ -35,7 +35,7 @@ def pytest_configure(config):
     asked = config.option.examples
     settings.register_profile(
         "programs",
-        max_examples=asked or 3,
+        max_examples=asked or 2,
         derandomize=asked is None,
         # A program takes seconds to compile: who did not ask for many of them is not
         # to wait for the smallest that fails.
