@@ -14,7 +14,17 @@ from helpers import (
     published,
     relative_difference,
 )
-from programs import ARGS, BY_CONTROL, CONTROLLED, DIRECT, OURS, Y0, agree, solve
+from programs import (
+    ARGS,
+    BY_CONTROL,
+    CONTROLLED,
+    DIRECT,
+    OURS,
+    PID,
+    Y0,
+    agree,
+    solve,
+)
 
 import reversax as rvx
 
@@ -212,6 +222,18 @@ def test_the_hessian_by_forward_over_reverse_is_the_direct_one(saves, scheme):
     of = lambda adjoint: jax.jit(jax.hessian(lambda p: loss(p, adjoint)))(point)
     # 1.5e-13 measured for `ts`, 1e-15 for the others.
     assert relative_difference(of(OURS), of(dfx.DirectAdjoint())) <= 1e-12
+
+
+def test_lanes_whose_controller_counts_the_steps_that_it_rejected():
+    """Its first count is a constant of the program that `vmap` is applied to."""
+    clip = dfx.ClipStepSizeController(PID, store_rejected_steps=16)
+
+    def loss(adjoint, t1):
+        kwargs = dict(t1=t1, dt0=0.5, stepsize_controller=clip)
+        run = lambda y0: solve(adjoint, y0[None], **kwargs).ys
+        return jnp.sum(jax.vmap(run)(Y0) ** 2)
+
+    agree(loss, jnp.array(1.0))
 
 
 def second_derivative(adjoint, num_steps=200):

@@ -46,7 +46,9 @@ class _Call:
         self.unflatten: Callable | None = None
 
     def __call__(self, *flat, dims=None, name=None):
-        args = eqx.combine(self.treedef.unflatten(flat), self.rest)
+        # Constants of an outer program are handed over as literals, which are no arrays.
+        arrays = self.treedef.unflatten(map(jnp.asarray, flat))
+        args = eqx.combine(arrays, self.rest)
         axes = None if dims is None else Axes(self.treedef.unflatten(dims), name)
         arrays, rest = eqx.partition(self.fn(*args, axes=axes), eqx.is_array)
         leaves, treedef = jtu.tree_flatten(arrays)
