@@ -46,7 +46,7 @@ class _Call:
         self.unflatten: Callable | None = None
 
     def __call__(self, *flat, dims=None, name=None):
-        # Constants of an outer program are handed over as literals, which are no arrays.
+        # The constants of an outer program come as literals, which are no arrays.
         arrays = self.treedef.unflatten(map(jnp.asarray, flat))
         args = eqx.combine(arrays, self.rest)
         axes = None if dims is None else Axes(self.treedef.unflatten(dims), name)
