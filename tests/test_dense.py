@@ -16,7 +16,15 @@ from helpers import (
     network_field,
     relative_difference,
 )
-from programs import ARGS, DIRECT, OURS, SOLVER, Y0, solve
+from programs import (
+    ARGS,
+    DIRECT,
+    OURS,
+    SOLVER,
+    Y0,
+    quick_filter_jit,
+    solve,
+)
 
 import reversax as rvx
 
@@ -62,7 +70,7 @@ def evaluated(solution, times):
 def value_and_gradient(adjoint, run, at):
     """Of a loss of what `run` gives; and what it gives."""
 
-    @eqx.filter_jit
+    @quick_filter_jit
     @eqx.filter_value_and_grad(has_aux=True)
     def of(p):
         out = run(adjoint, p)

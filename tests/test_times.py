@@ -17,7 +17,16 @@ from helpers import (
     network_field,
     relative_difference,
 )
-from programs import ARGS, DIRECT, OURS, SOLVER, Y0, agree_in_each_entry, solve
+from programs import (
+    ARGS,
+    DIRECT,
+    OURS,
+    SOLVER,
+    Y0,
+    agree_in_each_entry,
+    quick_filter_jit,
+    solve,
+)
 
 import reversax as rvx
 
@@ -109,7 +118,7 @@ def outputs(adjoint, p, stepping="constant", saving="t1", **kwargs):
 def value_and_gradient(run, at):
     """Of the sum of squares of what `run` gives; and what it gives beside."""
 
-    @eqx.filter_jit
+    @quick_filter_jit
     @eqx.filter_value_and_grad(has_aux=True)
     def of(p):
         saved, beside = run(p)
