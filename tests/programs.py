@@ -3,7 +3,6 @@
 import functools as ft
 
 import diffrax as dfx
-import equinox as eqx
 import helpers
 import jax
 import jax.numpy as jnp
@@ -37,13 +36,10 @@ def solve(adjoint, y0=Y0, args=ARGS, field=network_field, **kwargs):
 # for a direct one, beside a second of tracing. Not for ours in fixed point: without its
 # fusion emitters XLA gives a field other bits in the two passes, and the certificate
 # raises.
-quick_jit, quick_filter_jit = jax.jit, eqx.filter_jit
+quick_jit = jax.jit
 if jax.config.read("jax_disable_most_optimizations"):  # Unless --optimise was given.
     without = {"xla_cpu_use_fusion_emitters": False}
     quick_jit = ft.partial(jax.jit, compiler_options=without)
-    if helpers.FEATURES_IN != "fixed-point":
-        # For gradients in the scheme that features are tested in.
-        quick_filter_jit = ft.partial(eqx.filter_jit, compiler_options=without)
 
 
 def agree(loss, at, bound=1e-13, fixed_point=helpers.FEATURES_IN == "fixed-point"):

@@ -16,15 +16,7 @@ from helpers import (
     network_field,
     relative_difference,
 )
-from programs import (
-    ARGS,
-    DIRECT,
-    OURS,
-    SOLVER,
-    Y0,
-    quick_filter_jit,
-    solve,
-)
+from programs import ARGS, DIRECT, OURS, SOLVER, Y0, solve
 
 import reversax as rvx
 
@@ -70,7 +62,7 @@ def evaluated(solution, times):
 def value_and_gradient(adjoint, run, at):
     """Of a loss of what `run` gives; and what it gives."""
 
-    @quick_filter_jit
+    @eqx.filter_jit
     @eqx.filter_value_and_grad(has_aux=True)
     def of(p):
         out = run(adjoint, p)

@@ -17,16 +17,7 @@ from helpers import (
     network_field,
     relative_difference,
 )
-from programs import (
-    ARGS,
-    DIRECT,
-    OURS,
-    SOLVER,
-    Y0,
-    agree_in_each_entry,
-    quick_filter_jit,
-    solve,
-)
+from programs import ARGS, DIRECT, OURS, SOLVER, Y0, agree_in_each_entry, solve
 
 import reversax as rvx
 
@@ -118,7 +109,7 @@ def outputs(adjoint, p, stepping="constant", saving="t1", **kwargs):
 def value_and_gradient(run, at):
     """Of the sum of squares of what `run` gives; and what it gives beside."""
 
-    @quick_filter_jit
+    @eqx.filter_jit
     @eqx.filter_value_and_grad(has_aux=True)
     def of(p):
         saved, beside = run(p)
