@@ -121,6 +121,9 @@ def fit(
         return state, loss
 
     state = model, optimiser.init(eqx.filter(model, eqx.is_array))
+    # Some of its numbers are of weak type, and not after a step: without this the
+    # second step would be compiled anew.
+    state = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), state)
     (model, _), _ = train(update_and_note, state, steps, console)
     return model, np.stack(path)
 

@@ -8,6 +8,7 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import reversax as rvx
 
@@ -95,6 +96,21 @@ SCHEMES = {
 FEATURES_IN = "published"
 
 
+def quick(adjoint=None, arithmetic=None):
+    """Keyword arguments of `jit` for a program that is to compile in half the time.
+
+    Not for `ReversibleAdjoint` in fixed point: unoptimised and without its fusion
+    emitters XLA gives a field other bits in the two passes, and the certificate raises.
+    """
+    if arithmetic is None:
+        arithmetic = SCHEMES[FEATURES_IN][1]
+    optimised = not jax.config.read("jax_disable_most_optimizations")
+    to_the_bit = isinstance(adjoint, rvx.ReversibleAdjoint) and arithmetic.exact
+    if optimised or to_the_bit:
+        return {}
+    return dict(compiler_options={"xla_cpu_use_fusion_emitters": False})
+
+
 def published(base, coupling_parameter=0.999):
     """The scheme of the paper."""
     return rvx.Reversible(base, rvx.McCallumFoster(coupling_parameter))
@@ -108,6 +124,14 @@ def nonuniform(t0, t1, num, dtype=None):
 
 def ids(names):
     return dict(argnames="name", argvalues=list(names))
+
+
+def in_cells(cells, daily):
+    """Tuples of names as parameters; what is not daily is heavy."""
+    return [
+        pytest.param(*c, id="-".join(c), marks=() if c in daily else pytest.mark.heavy)
+        for c in cells
+    ]
 
 
 def flat(tree):

@@ -1,7 +1,5 @@
 """Solves to differentiate under both adjoints, for the tests of gradients."""
 
-import functools as ft
-
 import diffrax as dfx
 import helpers
 import jax
@@ -12,6 +10,7 @@ from helpers import (
     initial_states,
     network_arguments,
     network_field,
+    quick,
     relative_difference,
 )
 
@@ -32,22 +31,15 @@ def solve(adjoint, y0=Y0, args=ARGS, field=network_field, **kwargs):
     return dfx.diffeqsolve(**(defaults | kwargs), y0=y0, args=args, adjoint=adjoint)
 
 
-# Compiles in less time: 0.4 s against 1.3 s for a gradient of ours, 0.7 s against 1.5 s
-# for a direct one, beside a second of tracing. Not for ours in fixed point: without its
-# fusion emitters XLA gives a field other bits in the two passes, and the certificate
-# raises.
-quick_jit = jax.jit
-if jax.config.read("jax_disable_most_optimizations"):  # Unless --optimise was given.
-    without = {"xla_cpu_use_fusion_emitters": False}
-    quick_jit = ft.partial(jax.jit, compiler_options=without)
-
-
-def agree(loss, at, bound=1e-13, fixed_point=helpers.FEATURES_IN == "fixed-point"):
+def agree(loss, at, bound=1e-13, arithmetic=SOLVER.arithmetic):
     """`loss(adjoint, x)` has the same value and gradient under both adjoints. Returns
     the direct gradient."""
-    of = lambda adjoint: jax.value_and_grad(lambda x: loss(adjoint, x))
-    value, ours = (jax.jit if fixed_point else quick_jit)(of(OURS))(at)
-    expected, direct = quick_jit(of(DIRECT))(at)
+
+    def value_and_gradient(adjoint):
+        of = jax.value_and_grad(lambda x: loss(adjoint, x))
+        return jax.jit(of, **quick(adjoint, arithmetic))(at)
+
+    (value, ours), (expected, direct) = map(value_and_gradient, (OURS, DIRECT))
     assert abs(value - expected) <= bound * max(1.0, abs(expected))
     difference = relative_difference(ours, direct)
     assert difference <= bound, difference

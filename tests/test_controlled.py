@@ -11,7 +11,7 @@ import diffrax as dfx
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import SCHEMES, nonuniform, relative_difference
+from helpers import SCHEMES, in_cells, nonuniform, quick, relative_difference
 
 import reversax as rvx
 
@@ -86,7 +86,6 @@ def solve(point, adjoint, make_term, scheme="fixed-point", steps="constant", ts=
     )
 
 
-@ft.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def value_and_gradient(point, adjoint, make_term, scheme, steps):
     """Of a sum over what was saved; a batch of observations gives a batch of solves."""
 
@@ -95,7 +94,8 @@ def value_and_gradient(point, adjoint, make_term, scheme, steps):
         run = lambda x: solve((weights, y0, x), adjoint, make_term, scheme, steps).ys
         return jnp.sum((run if values.ndim == 2 else jax.vmap(run))(values) ** 2)
 
-    return jax.value_and_grad(loss)(point)
+    options = quick(adjoint, SCHEMES[scheme][1])
+    return jax.jit(jax.value_and_grad(loss), **options)(point)
 
 
 def assert_equal_to_direct(point, *how):
@@ -116,16 +116,8 @@ GRADIENTS = [
     for scheme in ("fixed-point", "published")
 ]
 DAILY = [
-    ("cubic", "adaptive", "fixed-point"),
     ("linear-as-ode", "adaptive-with-jumps", "fixed-point"),
 ]
-
-
-def in_cells(cells, daily):
-    return [
-        pytest.param(*c, id="-".join(c), marks=() if c in daily else HEAVY)
-        for c in cells
-    ]
 
 
 @pytest.mark.parametrize(("control", "steps", "scheme"), in_cells(GRADIENTS, DAILY))

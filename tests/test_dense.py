@@ -1,6 +1,8 @@
 """`SaveAt(dense=True)`: what it gives, and its gradient, are those of direct
 differentiation of the same scheme."""
 
+import functools as ft
+
 import diffrax as dfx
 import equinox as eqx
 import jax
@@ -14,6 +16,7 @@ from helpers import (
     finite_sum_of_squares,
     initial_states,
     network_field,
+    quick,
     relative_difference,
 )
 from programs import ARGS, DIRECT, OURS, SOLVER, Y0, solve
@@ -59,10 +62,10 @@ def evaluated(solution, times):
     )
 
 
-def value_and_gradient(adjoint, run, at):
+def value_and_gradient(adjoint, run, at, arithmetic):
     """Of a loss of what `run` gives; and what it gives."""
 
-    @eqx.filter_jit
+    @ft.partial(eqx.filter_jit, **quick(adjoint, arithmetic))
     @eqx.filter_value_and_grad(has_aux=True)
     def of(p):
         out = run(adjoint, p)
@@ -71,11 +74,11 @@ def value_and_gradient(adjoint, run, at):
     return of(at)
 
 
-def agree(run, at, bound=1e-12):
+def agree(run, at, bound=1e-12, arithmetic=SOLVER.arithmetic):
     """`run(adjoint, p)` gives the same under both adjoints, with the same gradient, in
     each entry of `p`. Measured between Diffrax's own two adjoints: up to 1e-14."""
-    (_, out), ours = value_and_gradient(OURS, run, at)
-    (_, expected), direct = value_and_gradient(DIRECT, run, at)
+    (_, out), ours = value_and_gradient(OURS, run, at, arithmetic)
+    (_, expected), direct = value_and_gradient(DIRECT, run, at, arithmetic)
     for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-13)
     for name in at:
@@ -257,7 +260,7 @@ def test_every_base_in_every_scheme(base, scheme):
         at = dict(solver=solver, saveat=SAVED["alone"], **STEPPING["step-to"])
         return evaluated(solve(adjoint, p["y0"], p["args"], **at), p["times"])
 
-    agree(run, PARAMETERS | dict(times=TIMES))
+    agree(run, PARAMETERS | dict(times=TIMES), arithmetic=solver.arithmetic)
 
 
 def test_dense_output_needs_a_bound_on_the_number_of_steps():

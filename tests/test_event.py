@@ -4,13 +4,15 @@ The gradient is that of the final state and of the time of the event, in the ini
 state, in `args`, and in what the functions of the event close over.
 """
 
+import functools as ft
+
 import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optimistix as optx
 import pytest
-from helpers import FEATURES_IN, SCHEMES, finite_sum_of_squares
+from helpers import FEATURES_IN, SCHEMES, finite_sum_of_squares, quick
 from programs import DIRECT, OURS, agree_in_each_entry
 
 import reversax as rvx
@@ -44,10 +46,10 @@ def run(adjoint, p, event, **kwargs):
     return dfx.diffeqsolve(**(defaults | kwargs), adjoint=adjoint)
 
 
-def value_and_gradient(run, adjoint, at):
+def value_and_gradient(run, adjoint, at, arithmetic):
     """Of a loss of the times and states saved; with what says how the solve ended."""
 
-    @eqx.filter_jit
+    @ft.partial(eqx.filter_jit, **quick(adjoint, arithmetic))
     @eqx.filter_value_and_grad(has_aux=True)
     def of(p):
         solution = run(adjoint, p)
@@ -57,14 +59,14 @@ def value_and_gradient(run, adjoint, at):
     return of(at)
 
 
-def agree(run, at=AT, bound=1e-12):
+def agree(run, at=AT, bound=1e-12, arithmetic=SOLVER.arithmetic):
     """`run(adjoint, p)` gives a solution that ends in the same way under both adjoints,
     and whose times and states have the same gradient, in each entry of `p`.
 
     Returns the end of the solution, `ts, ys, event_mask, result`, and the gradient.
     Measured between Diffrax's own two adjoints: up to 6e-15."""
-    (value, end), ours = value_and_gradient(run, OURS, at)
-    (expected, expected_end), direct = value_and_gradient(run, DIRECT, at)
+    (value, end), ours = value_and_gradient(run, OURS, at, arithmetic)
+    (expected, expected_end), direct = value_and_gradient(run, DIRECT, at, arithmetic)
     assert abs(value - expected) <= 1e-12 * max(1.0, abs(expected))
     assert eqx.tree_equal(end[2:], expected_end[2:])
     agree_in_each_entry(ours, direct, bound)
@@ -231,7 +233,7 @@ def test_a_ball_bounces_twice():
         args=(jnp.array(8.0), jnp.array(0.5)),
         restitution=jnp.array([0.8, 0.7]),
     )
-    (ts, _, mask, _), gradient = agree(twice, at)
+    (ts, _, mask, _), gradient = agree(twice, at, arithmetic=rvx.FixedPoint())
     assert mask.all()
     # Without wind sqrt(2*2/8) = 0.707, and 1.6 times that to the second bounce.
     assert jnp.max(jnp.abs(ts[:, 0] - jnp.array([0.707, 1.838]))) < 0.05
@@ -254,7 +256,7 @@ def test_a_steady_state_ends_the_solve():
         )  # fmt: skip
 
     at = dict(y0=jnp.array([1.0, 3.0]), args=(jnp.array([2.0, 3.0]), jnp.array(0.7)))
-    (_, ys, _, result), _ = agree(steady, at)
+    (_, ys, _, result), _ = agree(steady, at, arithmetic=rvx.FixedPoint())
     assert result == dfx.RESULTS.event_occurred
     # A slope of 0.01 + 0.01*2, at a rate of 2*sqrt(2*0.7) = 2.4: measured 0.016.
     assert jnp.max(jnp.abs(ys[0] - jnp.sqrt(at["args"][0] / 0.7))) < 0.02
@@ -363,7 +365,8 @@ def test_time_of_an_event_is_differentiated_in_the_times_of_the_solve(stepping):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme(scheme, base):
     solver = rvx.Reversible(base, *SCHEMES[scheme])
-    agree(lambda adjoint, p: run(adjoint, p, falls_to_the_level, solver=solver))
+    of_event = lambda adjoint, p: run(adjoint, p, falls_to_the_level, solver=solver)
+    agree(of_event, arithmetic=solver.arithmetic)
 
 
 @pytest.mark.heavy

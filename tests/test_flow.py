@@ -27,7 +27,7 @@ from flow import (
     sample_probe,
     solve,
 )
-from helpers import initial_states, relative_difference
+from helpers import in_cells, initial_states, quick, relative_difference
 
 import reversax as rvx
 
@@ -135,7 +135,9 @@ def test_samples_carry_the_log_density_that_the_flow_gives_them():
     assert jnp.all(abs(again - drawn.log_density) <= 1e-4)
 
 
-@TRACES
+@pytest.mark.parametrize(
+    "trace", ["exact", pytest.param("Hutchinson", marks=pytest.mark.heavy)]
+)
 def test_gradient_of_the_likelihood_is_that_of_direct_differentiation(trace):
     flow, y = small_flow(), initial_states(4, DIM)
     arrays, static = eqx.partition(flow, eqx.is_array)
@@ -149,13 +151,19 @@ def test_gradient_of_the_likelihood_is_that_of_direct_differentiation(trace):
                 )
             )
         )
-        return jax.jit(jax.grad(loss, argnums=(0, 1)))(arrays, y)
+        of = jax.grad(loss, argnums=(0, 1))
+        return jax.jit(of, **quick(adjoint, REVERSIBLE.arithmetic))(arrays, y)
 
     assert relative_difference(gradient(OURS), gradient(DIRECT)) <= 1e-11
 
 
-@TRACES
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("dtype", "trace"),
+    in_cells(
+        list(itertools.product(["float32", "float64"], ["exact", "Hutchinson"])),
+        [("float32", "exact"), ("float64", "Hutchinson")],
+    ),
+)
 def test_not_one_bit_of_a_flow_is_lost(trace, dtype):
     y = initial_states(4, DIM, dtype)
     one = jnp.ones((), dtype)
@@ -182,7 +190,11 @@ class Counted(eqx.Module):
         return self.network(y_and_t)
 
 
-@pytest.mark.parametrize("differentiate", [False, True], ids=["solve", "gradient"])
+@pytest.mark.parametrize(
+    "differentiate",
+    [pytest.param(False, id="solve", marks=pytest.mark.heavy), True],
+    ids=lambda x: "gradient" if x is True else None,
+)
 @pytest.mark.parametrize("trace", ["none", "exact", "Hutchinson"])
 def test_the_log_density_does_not_evaluate_the_network_again(trace, differentiate):
     """Two evaluations a step in each pass, with it and without."""

@@ -22,6 +22,7 @@ from helpers import (
     network_arguments,
     network_field,
     nonuniform,
+    quick,
     relative_difference,
 )
 
@@ -112,7 +113,7 @@ def gradients_of_each_output(base_name, controller_name, batching, scheme, adjoi
     """The gradient of the loss of each of `SUBS`, and the number of rejected steps."""
     saveat = dfx.SaveAt(subs=SUBS)
 
-    @jax.jit
+    @ft.partial(jax.jit, **quick(adjoint, SCHEMES[scheme][1]))
     @ft.partial(jax.grad, has_aux=True)
     def gradient(args_and_y0, weights):
         args, y0 = args_and_y0
@@ -152,8 +153,8 @@ CELLS = [
 DAILY = [
     ("Euler", "constant", "batched", "fixed-point"),
     ("Midpoint", "step-to", "vmap", "published"),
-    ("Bosh3", "clip-jumps", "vmap", "fixed-point"),
-    ("HalfSolver-Heun", "pid", "batched", "floating-point"),
+    ("Heun", "clip-jumps", "vmap", "published"),
+    ("own-midpoint", "pid", "batched", "floating-point"),
 ]
 
 

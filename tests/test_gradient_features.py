@@ -12,6 +12,7 @@ from helpers import (
     finite_sum_of_squares,
     initial_states,
     network_field,
+    quick,
     relative_difference,
 )
 from programs import (
@@ -151,7 +152,7 @@ def test_single_precision_to_its_own_round_off():
                 ).ys ** 2
             )  # fmt: skip
 
-        return jax.jit(jax.grad(loss))(cast((ARGS, Y0)))
+        return jax.jit(jax.grad(loss), **quick(adjoint))(cast((ARGS, Y0)))
 
     ours = gradient(jnp.float32, OURS)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(ours))

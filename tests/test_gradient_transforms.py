@@ -12,6 +12,7 @@ from helpers import (
     finite_sum_of_squares,
     network_field,
     published,
+    quick,
     relative_difference,
 )
 from programs import (
@@ -80,12 +81,13 @@ def test_gradients_of_each_lane_and_of_their_sum(controlled):
 
     states = jnp.stack([Y0, 2 * Y0, -Y0])
     lanes = lambda adjoint: jax.jit(
-        jax.vmap(jax.grad(lambda *x: loss(adjoint, *x), (0, 1, 2)), (None, 0, 0))
+        jax.vmap(jax.grad(lambda *x: loss(adjoint, *x), (0, 1, 2)), (None, 0, 0)),
+        **quick(adjoint),
     )(ARGS, states, speeds)
     ours = lanes(OURS)
     # The fastest lane contracts, which magnifies round-off: 3e-12 was measured.
     assert relative_difference(ours, lanes(DIRECT)) <= 1e-10
-    alone = jax.jit(jax.grad(lambda *x: loss(OURS, *x), (0, 1, 2)))
+    alone = jax.jit(jax.grad(lambda *x: loss(OURS, *x), (0, 1, 2)), **quick(OURS))
     one_by_one = [
         alone(ARGS, y0, speed) for y0, speed in zip(states, speeds, strict=True)
     ]
@@ -168,14 +170,14 @@ def test_only_what_is_asked_for_is_differentiated():
     """A state that is not differentiated, and parameters that are not."""
     loss = lambda adjoint, args, y0: jnp.sum(solve(adjoint, y0, args).ys ** 2)
     of_both = jax.value_and_grad(ft.partial(loss, DIRECT), argnums=(0, 1))
-    expected, (in_args, in_y0) = jax.jit(of_both)(ARGS, Y0)
+    expected, (in_args, in_y0) = jax.jit(of_both, **quick(DIRECT))(ARGS, Y0)
     w1, b1, w2 = ARGS
     for of, at, direct in (
         (lambda args: loss(OURS, args, Y0), ARGS, in_args),
         (lambda y0: loss(OURS, ARGS, y0), Y0, in_y0),
         (lambda b: loss(OURS, (w1, b, w2), Y0), b1, in_args[1]),
     ):
-        value, ours = jax.jit(jax.value_and_grad(of))(at)
+        value, ours = jax.jit(jax.value_and_grad(of), **quick(OURS))(at)
         assert abs(value - expected) <= 1e-13 * max(1.0, expected)
         assert relative_difference(ours, direct) <= 1e-13
 
@@ -214,12 +216,17 @@ def test_the_hessian_by_forward_over_reverse_is_the_direct_one(saves, scheme):
     field = lambda t, y, a: jnp.sin(a * y) * jnp.cos(t) - 0.3 * y**2
 
     def loss(p, adjoint):
-        kwargs = dict(solver=BY_SCHEME[scheme], t1=p[3], dt0=0.05, max_steps=32)
+        kwargs = dict(solver=solver, t1=p[3], dt0=0.05, max_steps=32)
         kwargs["saveat"] = HESSIAN_SAVES[saves]
         return finite_sum_of_squares(solve(adjoint, p[:2], p[2], field, **kwargs).ys)
 
     point = jnp.array([0.3, 0.8, 1.1, 1.0])
-    of = lambda adjoint: jax.jit(jax.hessian(lambda p: loss(p, adjoint)))(point)
+    solver = BY_SCHEME[scheme]
+
+    def of(adjoint):
+        hessian = jax.hessian(lambda p: loss(p, adjoint))
+        return jax.jit(hessian, **quick(adjoint, solver.arithmetic))(point)
+
     # 1.5e-13 measured for `ts`, 1e-15 for the others.
     assert relative_difference(of(OURS), of(dfx.DirectAdjoint())) <= 1e-12
 
@@ -242,7 +249,7 @@ def second_derivative(adjoint, num_steps=200):
         kwargs["field"] = lambda t, y, rate: rate * jnp.sin(y)
         return solve(adjoint, jnp.array(0.7), rate, max_steps=num_steps, **kwargs).ys[0]
 
-    return jax.jit(jax.hessian(loss))(0.5)
+    return jax.jit(jax.hessian(loss), **quick(adjoint, rvx.FixedPoint()))(0.5)
 
 
 def test_a_hessian_whose_tangents_were_lost_is_withheld():

@@ -26,10 +26,10 @@ from helpers import (
     RungeKutta4,
     finite_sum_of_squares,
     flat,
+    quick,
     relative_difference,
 )
 from hypothesis import event, given, note, settings, strategies as st
-from programs import quick_jit
 
 import reversax as rvx
 
@@ -340,14 +340,40 @@ def value_and_gradient(program, adjoint):
         return finite_sum_of_squares(weighed((ys, dense))), stats
 
     point = program.start(program.lanes), program.times()
-    ours = isinstance(adjoint, rvx.ReversibleAdjoint)
-    jit = jax.jit if ours and program.solver.arithmetic.exact else quick_jit
-    (value, stats), gradient = jit(jax.value_and_grad(loss, has_aux=True))(point)
+    of = jax.value_and_grad(loss, has_aux=True)
+    options = quick(adjoint, program.solver.arithmetic)
+    (value, stats), gradient = jax.jit(of, **options)(point)
     return value, gradient, stats
 
 
+def oracle_for(program):
+    """An adjoint of Diffrax that is right for the program.
+
+    As a rule the checkpointed one, since the other has lost five digits of a gradient
+    of dense output (2e-11 in all; ours and the checkpointed one agreed to 1e-14). But
+    that is wrong for times under `vmap` (docs/compatibility.md).
+    """
+    if program.lanes and program.moves:
+        return dfx.DirectAdjoint()
+    return dfx.RecursiveCheckpointAdjoint()
+
+
+def bound_on_value(program):
+    """1e-11, or what round-off in the estimates of errors does by changing the steps.
+
+    Of an estimate near `rtol` it is the part `EPS/rtol`, and what is saved between two
+    steps is off by up to 1e-2, and changes with them. That is more than 1e-11 for
+    Dopri8 only. Measured there: 1.2e-11 in a value, 1.8e-11 in its gradient.
+    """
+    controller = program.steps.get("stepsize_controller")
+    controller = getattr(controller, "controller", controller)
+    if not isinstance(controller, dfx.PIDController):
+        return 1e-11
+    return max(1e-11, 1e-2 * EPS / controller.rtol)
+
+
 def bound_on_gradient(program, num_steps):
-    """1e-11, or what undoing the steps may lose where that is more.
+    """That, or what undoing the steps may lose where that is more.
 
     Measured over 90 programs: at most 2e-15. Over 30 steps that each halve the gap, in
     floating point with "auto", where 4e6 ulps are lost, 2e-10; else 6e-14.
@@ -355,7 +381,8 @@ def bound_on_gradient(program, num_steps):
     if program.restart_every != "auto":
         num_steps = min(num_steps, program.restart_every)
     # By itself the adjoint restarts before it has lost more than half the digits.
-    return max(1e-11, min(EPS * program.amplification(num_steps), math.sqrt(EPS)))
+    lost = min(EPS * program.amplification(num_steps), math.sqrt(EPS))
+    return max(bound_on_value(program), lost)
 
 
 @pytest.mark.parametrize("batch", batches)
@@ -365,15 +392,14 @@ def test_value_and_gradient_are_those_of_direct_differentiation(batch, program):
     forget_some()
     ours = rvx.ReversibleAdjoint(restart_every=program.restart_every)
     value, gradient, stats = value_and_gradient(program, ours)
-    direct = dfx.RecursiveCheckpointAdjoint()
-    expected, expected_gradient, _ = value_and_gradient(program, direct)
+    expected, expected_gradient, _ = value_and_gradient(program, oracle_for(program))
     if jnp.any(stats["num_rejected_steps"] > 0):
         event("rejects steps")
     event(f"dense output: {len(program.evaluated) > 0}, times: {program.moves}")
     num_steps = int(jnp.max(stats["num_accepted_steps"]))
     off_by = relative_difference(gradient, expected_gradient)
     note(f"the gradient is off by {off_by} in {num_steps} steps")
-    assert relative_difference(value, expected) <= 1e-11
+    assert relative_difference(value, expected) <= bound_on_value(program)
     bound = bound_on_gradient(program, num_steps)
     assert off_by <= bound
 

@@ -1,5 +1,7 @@
 """In floating point the backward pass may restart from pairs that were kept."""
 
+import itertools
+
 import diffrax as dfx
 import equinox as eqx
 import jax
@@ -11,11 +13,15 @@ import reversax as rvx
 from reversax import _tape
 
 FLOATING = rvx.Reversible(dfx.Heun(), arithmetic=rvx.FloatingPoint())
+HEAVY = pytest.mark.heavy
 HOPELESS = dict(solver=FLOATING, dt0=0.002, max_steps=512)
 
 
 def loss(adjoint, args, **kwargs):
     return jnp.sum(solve(adjoint, args=args, **(HOPELESS | kwargs)).ys ** 2)
+
+
+DAILY = [("auto", "pid", "vmap"), (7, "constant", "batched")]
 
 
 def test_restarts_make_exact_what_would_be_lost():
@@ -31,9 +37,13 @@ def test_restarts_make_exact_what_would_be_lost():
         assert jnp.max(jnp.abs(a - b)) <= 1e-13 * jnp.max(jnp.abs(b))
 
 
-@pytest.mark.parametrize("batching", ["batched", "vmap"])
-@pytest.mark.parametrize("controlled", CONTROLLED)
-@pytest.mark.parametrize("restart_every", ["auto", 7])
+@pytest.mark.parametrize(
+    ("restart_every", "controlled", "batching"),
+    [
+        pytest.param(*cell, marks=() if cell in DAILY else HEAVY)
+        for cell in itertools.product(["auto", 7], CONTROLLED, ["batched", "vmap"])
+    ],
+)
 def test_every_way_of_stepping_and_batching(restart_every, controlled, batching):
     def total(adjoint, args):
         if adjoint is not DIRECT:
@@ -46,9 +56,21 @@ def test_every_way_of_stepping_and_batching(restart_every, controlled, batching)
     agree(total, ARGS, bound=1e-13 if restart_every != "auto" else 1e-7)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["f32", "f64"])
 @pytest.mark.parametrize(
-    "coupling", [rvx.Symmetric(), rvx.Symmetric(1), rvx.McCallumFoster(0.9)], ids=repr
+    ("coupling", "dtype"),
+    [
+        pytest.param(rvx.Symmetric(), jnp.float64, id="symmetric-f64"),
+        pytest.param(rvx.McCallumFoster(0.9), jnp.float32, id="published-f32"),
+        *(
+            pytest.param(*cell, id=f"{name}-{cell[1].__name__}", marks=HEAVY)
+            for name, *cell in [
+                ("symmetric", rvx.Symmetric(), jnp.float32),
+                ("halve-always", rvx.Symmetric(1), jnp.float32),
+                ("halve-always", rvx.Symmetric(1), jnp.float64),
+                ("published", rvx.McCallumFoster(0.9), jnp.float64),
+            ]
+        ),
+    ],
 )
 def test_the_number_chosen_keeps_the_tolerance_and_is_no_waste(coupling, dtype):
     """At the number chosen the check passes; at three times as many it does not."""

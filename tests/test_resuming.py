@@ -93,7 +93,7 @@ def test_an_adaptive_solve_is_taken_up_with_its_controller(clip):
     loss = lambda adjoint, p: jnp.sum(
         jnp.sin(resumed(adjoint, *p, FIRST, second, **kwargs))
     )
-    agree(loss, (Y0, ARGS), fixed_point=True)
+    agree(loss, (Y0, ARGS), arithmetic=rvx.FixedPoint())
 
 
 def test_the_state_handed_over_is_differentiated():
@@ -111,7 +111,7 @@ def test_the_state_handed_over_is_differentiated():
         other = scheme.decode(after.solver_state.pair).z
         return jnp.sum(jnp.sin(after.ys)) + jnp.sum(other**2)
 
-    agree(loss, (before.ys[-1], diff), fixed_point=True)
+    agree(loss, (before.ys[-1], diff), arithmetic=rvx.FixedPoint())
 
 
 # What ends the solve of `y' = k*y**2`, infinite at 1/(k*y0), before its time.

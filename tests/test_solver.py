@@ -10,6 +10,7 @@ from helpers import (
     network_arguments,
     network_field,
     published,
+    quick,
     relative_difference,
 )
 
@@ -39,7 +40,7 @@ ADJOINTS = {
 }
 
 
-DAILY = ("Euler", "Bosh3", "HalfSolver-Heun", "own-midpoint")
+DAILY = ("Bosh3", "own-midpoint", "RecursiveCheckpoint")
 
 
 @pytest.mark.parametrize(
@@ -56,16 +57,8 @@ def test_values_are_the_same_under_reversible_and_checkpointed_adjoints(name):
     assert jnp.max(jnp.abs(ours - theirs)) < 1e-14
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "own-midpoint",
-        *(
-            pytest.param(x, marks=pytest.mark.heavy)
-            for x in ("Tsit5", "HalfSolver-Heun")
-        ),
-    ],
-)
+@pytest.mark.heavy  # Daily under both adjoints: every gradient of `programs.agree`.
+@pytest.mark.parametrize("name", ["own-midpoint", "Tsit5", "HalfSolver-Heun"])
 def test_direct_adjoint_gives_the_same_gradient(name):
     solver = rvx.Reversible(BASES[name])
     ours, direct = (
@@ -85,13 +78,19 @@ def test_forward_mode_adjoints_agree_with_our_gradient(adjoint):
 
 def test_backsolve_moves_the_state_between_saved_times_and_the_twins_follow():
     """`BacksolveAdjoint` hands a solver another `y0` than it returned; its gradient is
-    approximate, but must converge to ours. Tsit5's own error here is about 1e-10."""
-    saveat = dfx.SaveAt(ts=jnp.array([0.2, 0.6, 1.0]))
-    ours, backsolve = (
-        jax.grad(loss)(POINT, adjoint, saveat=saveat)
-        for adjoint in (rvx.ReversibleAdjoint(), dfx.BacksolveAdjoint())
+    approximate, but must converge to ours."""
+    kwargs = dict(
+        saveat=dfx.SaveAt(ts=jnp.array([0.2, 1.0])),
+        solver=rvx.Reversible(dfx.Bosh3(), arithmetic=rvx.FloatingPoint()),
     )
-    assert relative_difference(backsolve, ours) < 1e-8
+
+    def gradient(adjoint):
+        of = jax.grad(lambda p: loss(p, adjoint, **kwargs))
+        return jax.jit(of, **quick())(POINT)
+
+    ours, backsolve = map(gradient, (rvx.ReversibleAdjoint(), dfx.BacksolveAdjoint()))
+    # Of the size of Bosh3's own error. Measured: 2e-8.
+    assert relative_difference(backsolve, ours) < 1e-7
 
 
 def test_implicit_adjoint_differentiates_a_steady_state():
@@ -139,7 +138,9 @@ def test_dense_output_and_events_work_under_diffraxs_adjoints():
 @pytest.mark.parametrize(
     "adjoint",
     [
-        pytest.param(a, id=name, marks=[pytest.mark.heavy] * (name == "Direct"))
+        pytest.param(
+            a, id=name, marks=[pytest.mark.heavy] * name.startswith(("D", "Rev"))
+        )
         for name, a in ADJOINTS.items()
     ],
 )

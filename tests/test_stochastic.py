@@ -12,15 +12,11 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import pytest
-from helpers import relative_difference
+from helpers import in_cells, quick, relative_difference
 
 import reversax as rvx
 
-PLAIN, SPACE, SPACE_TIME = (
-    dfx.BrownianIncrement,
-    dfx.SpaceTimeLevyArea,
-    dfx.SpaceTimeTimeLevyArea,
-)
+PLAIN, SPACE = dfx.BrownianIncrement, dfx.SpaceTimeLevyArea
 HEAVY = pytest.mark.heavy
 
 
@@ -93,16 +89,10 @@ GRADIENTS = [
     ("Euler", "symmetric", "lanes"),
 ]
 DAILY = [
-    ("StratonovichMilstein", "symmetric", "lanes"),
-    ("SPaRK", "symmetric", "adaptive"),
+    ("Euler", "symmetric", "lanes"),
+    ("Heun", "symmetric", "adaptive"),
+    ("SRA1", "published", "constant"),
 ]
-
-
-def in_cells(cells, daily):
-    return [
-        pytest.param(*c, id="-".join(c), marks=() if c in daily else HEAVY)
-        for c in cells
-    ]
 
 
 @pytest.mark.parametrize(("base", "coupling", "stepping"), in_cells(GRADIENTS, DAILY))
@@ -116,8 +106,6 @@ def test_gradient_is_that_of_direct_differentiation_on_the_same_path(
         pid = dfx.PIDController(rtol=1e-2, atol=1e-2, dtmin=2.0**-8)
         kwargs.update(stepsize_controller=pid, max_steps=512)
 
-    @ft.partial(jax.jit, static_argnums=0)
-    @ft.partial(jax.value_and_grad, argnums=(1, 2))
     def loss(adjoint, y0, args):
         run = lambda key: (
             solve(base, noise_of(base), key, y0, args, adjoint=adjoint, **kwargs).ys
@@ -126,7 +114,14 @@ def test_gradient_is_that_of_direct_differentiation_on_the_same_path(
         ys = jax.vmap(run)(keys) if stepping == "lanes" else run(keys[0])
         return jnp.sum(ys**2)
 
-    (value, ours), (expected, direct) = loss(OURS, Y0, ARGS), loss(DIRECT, Y0, ARGS)
+    def value_and_gradient(adjoint):
+        of = jax.value_and_grad(ft.partial(loss, adjoint), argnums=(0, 1))
+        # Adaptive steps along a rough path are others for other round-off, so both are
+        # then compiled alike.
+        options = {} if stepping == "adaptive" else quick(adjoint, rvx.FixedPoint())
+        return jax.jit(of, **options)(Y0, ARGS)
+
+    (value, ours), (expected, direct) = map(value_and_gradient, (OURS, DIRECT))
     assert abs(value - expected) <= 1e-14 * abs(expected)
     assert relative_difference(ours, direct) <= 1e-12
 
@@ -179,7 +174,7 @@ def strong_errors(solver, noise, levy):
     }
     reference = best.get((noise, levy), dfx.Heun())
 
-    @ft.partial(jax.jit, static_argnums=0)
+    @ft.partial(jax.jit, static_argnums=0, **quick())
     def ends(solver, dt0):
         run = lambda key: dfx.diffeqsolve(
             equation(noise, levy, key, tol=0.5 / FINEST),
@@ -201,10 +196,7 @@ ORDER_CELLS = [
     if (noise == "additive" or base not in ONLY_ADDITIVE)
     and (noise == "additive" or (base, coupling) != ("Euler", "published"))
 ]
-DAILY_ORDERS = [
-    ("additive", "SRA1", "published"),
-    ("commutative", "SlowRK", "symmetric"),
-]
+DAILY_ORDERS = [("additive", "SRA1", "published")]
 
 
 @pytest.mark.parametrize(
@@ -237,7 +229,7 @@ def test_backwards_in_time_the_path_is_the_same(base):
     solver, levy = BASES[base]
     keys = jax.random.split(jax.random.key(1), 16)
 
-    @jax.jit
+    @ft.partial(jax.jit, **quick())
     @jax.vmap
     def ahead(key):
         terms = equation("additive", levy, key, tol=0.5 / FINEST)
@@ -246,7 +238,7 @@ def test_backwards_in_time_the_path_is_the_same(base):
             0
         ]
 
-    @jax.jit
+    @ft.partial(jax.jit, **quick())
     @ft.partial(jax.vmap, in_axes=(0, 0, None))
     def squared_error(key, y1, num_steps):
         terms = equation("additive", levy, key, tol=0.5 / FINEST)
@@ -260,8 +252,9 @@ def test_backwards_in_time_the_path_is_the_same(base):
     assert slope(errors) >= STRONG_ORDERS["additive"][base] - 0.15, errors
 
 
-def test_a_tree_is_asked_once_a_step_in_each_pass():
-    asked = []
+@pytest.mark.parametrize("base", ["SRA1", pytest.param("Heun", marks=HEAVY)])
+def test_a_tree_is_asked_once_a_step_in_each_pass(base):
+    (solver, levy), asked = BASES[base], []
 
     class Counted(dfx.AbstractBrownianPath):
         tree: dfx.VirtualBrownianTree
@@ -282,85 +275,24 @@ def test_a_tree_is_asked_once_a_step_in_each_pass():
             jax.debug.callback(lambda: asked.append(1))
             return self.tree.evaluate(t0, t1, left, use_levy)
 
-    def loss(y0, solver, adjoint):
+    def loss(y0):
         tree = dfx.VirtualBrownianTree(
-            0.0, 1.0, 1e-3, (3,), jax.random.key(0), levy_area=solver[1]
+            0.0, 1.0, 1e-3, (3,), jax.random.key(0), levy_area=levy
         )
         control = dfx.ControlTerm(additive, Counted(tree))
         terms = dfx.MultiTerm(dfx.ODETerm(drift), control)
-        wrapped = rvx.Reversible(solver[0])
-        sol = dfx.diffeqsolve(
-            terms, wrapped, 0.0, 1.0, 1 / 20, y0, ARGS, adjoint=adjoint
-        )
-        return jnp.sum(sol.ys**2)
-
-    for name in ("Heun", "SRA1"):
-        run = ft.partial(loss, solver=BASES[name], adjoint=OURS)
-        _, pull_back = jax.jit(ft.partial(jax.vjp, run))(Y0)
-        jax.effects_barrier()
-        assert len(asked) == 20, name
-        jax.block_until_ready(jax.jit(lambda pull, ct: pull(ct))(pull_back, 1.0))
-        jax.effects_barrier()
-        assert len(asked) == 40, name
-        asked.clear()
-
-
-LANGEVIN = {
-    "ALIGN": (dfx.ALIGN(), SPACE),
-    "ShOULD": (dfx.ShOULD(), SPACE_TIME),
-    "QUICSORT": (dfx.QUICSORT(), SPACE_TIME),
-}
-
-
-def langevin(base, coupling, key, y0, gamma, num_steps=64, tol=1e-3, adjoint=OURS):
-    solver, levy = LANGEVIN[base]
-    path = dfx.VirtualBrownianTree(0.0, 1.0, tol, (2,), key, levy_area=levy)
-    potential_gradient = lambda x, args: x + 0.3 * jnp.sin(3 * x)
-    terms = dfx.MultiTerm(
-        dfx.UnderdampedLangevinDriftTerm(gamma, 1.0, potential_gradient),
-        dfx.UnderdampedLangevinDiffusionTerm(gamma, 1.0, path),
-    )
-    if coupling is not None:
-        solver = rvx.Reversible(solver, COUPLINGS[coupling])
-    return dfx.diffeqsolve(
-        terms,
-        solver,
-        0.0,
-        1.0,
-        1 / num_steps,
-        y0,
-        max_steps=None if coupling is None else 4096,
-        adjoint=adjoint,
-    ).ys
-
-
-@pytest.mark.parametrize(
-    ("base", "coupling"),
-    in_cells([(b, c) for b in LANGEVIN for c in COUPLINGS], []),
-)
-def test_underdamped_langevin_diffusion(base, coupling):
-    """The ends approach those of a fine solve, at order 1.8 at least, and the gradient
-    is the direct one."""
-    y0 = (jnp.array([1.0, -0.5]), jnp.array([0.2, 0.1]))
-    gamma, key = jnp.asarray(0.7), jax.random.key(7)
-
-    def loss(adjoint, y0):
-        return sum(
-            jnp.sum(x**2)
-            for x in jax.tree.leaves(
-                langevin(base, coupling, key, y0, gamma, adjoint=adjoint)
-            )
+        times = 0.0, 1.0, 1 / 20
+        wrapped = rvx.Reversible(solver)
+        return jnp.sum(
+            dfx.diffeqsolve(terms, wrapped, *times, y0, ARGS, adjoint=OURS).ys ** 2
         )
 
-    gradient = jax.jit(jax.grad(loss, argnums=1), static_argnums=0)
-    assert relative_difference(gradient(OURS, y0), gradient(DIRECT, y0)) <= 1e-12
-
-    fine = langevin(base, None, key, y0, gamma, 1024, 2.0**-12, DIRECT)
-    off = []
-    for n in (8, 32):
-        ends = langevin(base, coupling, key, y0, gamma, n, 2.0**-12)
-        off.append(relative_difference(ends, fine))
-    assert off[1] <= off[0] / 4**1.8, off
+    _, pull_back = jax.jit(ft.partial(jax.vjp, loss))(Y0)
+    jax.effects_barrier()
+    assert len(asked) == 20
+    jax.block_until_ready(jax.jit(lambda pull, ct: pull(ct))(pull_back, 1.0))
+    jax.effects_barrier()
+    assert len(asked) == 40
 
 
 def refused(base, coupling, noise, match):

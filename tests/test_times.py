@@ -5,6 +5,8 @@ the factors by which `PIDController` changes a step count as constants, and so d
 first step that it chooses for itself. No time has a gradient that is silently zero.
 """
 
+import functools as ft
+
 import diffrax as dfx
 import equinox as eqx
 import jax
@@ -15,6 +17,7 @@ from helpers import (
     SCHEMES,
     finite_sum_of_squares,
     network_field,
+    quick,
     relative_difference,
 )
 from programs import ARGS, DIRECT, OURS, SOLVER, Y0, agree_in_each_entry, solve
@@ -106,19 +109,19 @@ def outputs(adjoint, p, stepping="constant", saving="t1", **kwargs):
     return saved, {k: v for k, v in solution.stats.items() if k != "max_steps"}
 
 
-def value_and_gradient(run, at):
+def value_and_gradient(run, adjoint, at, arithmetic):
     """Of the sum of squares of what `run` gives; and what it gives beside."""
 
-    @eqx.filter_jit
+    @ft.partial(eqx.filter_jit, **quick(adjoint, arithmetic))
     @eqx.filter_value_and_grad(has_aux=True)
     def of(p):
-        saved, beside = run(p)
+        saved, beside = run(adjoint, p)
         return finite_sum_of_squares(saved), beside
 
     return of(at)
 
 
-def agree(run, at, bound=1e-11):
+def agree(run, at, bound=1e-11, arithmetic=SOLVER.arithmetic):
     """`run(adjoint, p)` has the same value and gradient under both adjoints, in each
     entry of `p`; where the direct gradient is zero, ours is. Returns what it gave
     beside, and the direct gradient.
@@ -127,10 +130,9 @@ def agree(run, at, bound=1e-11):
     since a derivative in the ends of a short step divides by its length. (A gradient
     that is small beside the others, such as that in `dt0` of a controller that soon
     forgets it, is what remains of larger terms.)"""
-    (value, beside), ours = value_and_gradient(lambda p: run(OURS, p), at)
-    (expected, expected_beside), direct = value_and_gradient(
-        lambda p: run(DIRECT, p), at
-    )
+    of = lambda adjoint: value_and_gradient(run, adjoint, at, arithmetic)
+    (value, beside), ours = of(OURS)
+    (expected, expected_beside), direct = of(DIRECT)
     assert abs(value - expected) <= 1e-13 * max(1.0, abs(expected))
     assert eqx.tree_equal(beside, expected_beside)
     agree_in_each_entry(ours, direct, bound)
@@ -228,7 +230,7 @@ def test_a_gradient_for_each_lane_of_times_that_all_share():
             outputs(adjoint, rest | dict(y0=y0, t0=t[0], t1=t[1]))[0]
         )
         of_each = jax.vmap(jax.grad(loss), in_axes=(None, 0))
-        return jax.jit(of_each)((TIMES["t0"], TIMES["t1"]), states)
+        return jax.jit(of_each, **quick(adjoint))((TIMES["t0"], TIMES["t1"]), states)
 
     assert relative_difference(gradients(OURS), gradients(DIRECT)) <= 1e-12
 
@@ -282,7 +284,7 @@ def test_no_time_at_all_has_the_gradient_of_what_is_saved_of_it():
 def test_every_scheme(scheme, stepping):
     solver = rvx.Reversible(dfx.Bosh3(), *SCHEMES[scheme])
     run = lambda adjoint, p: outputs(adjoint, p, stepping, "ends-and-ts", solver=solver)
-    agree(run, PARAMETERS | TIMES)
+    agree(run, PARAMETERS | TIMES, arithmetic=solver.arithmetic)
 
 
 @pytest.mark.heavy
