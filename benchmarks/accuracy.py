@@ -32,11 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 import peers
 from measuring import (
-    PACKAGES,
-    circumstances,
     compile_program,
     interleaved_times,
-    make_console,
     medians,
     parser_of,
     print_table,
@@ -338,13 +335,7 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
-    jax.config.update("jax_enable_compilation_cache", False)
-    console = make_console()
-    packages = PACKAGES if peers.MISSING else (*PACKAGES, *peers.PACKAGES)
-    about = circumstances(options, packages) | dict(missing=peers.MISSING)
-    console.print(about)
-    if peers.MISSING:
-        console.print(peers.WITHOUT)
+    console, about = peers.begin(options)
     rows, start = [], time.perf_counter()
     with Progress(console=console, transient=True) as progress:
         benchmark = Benchmark(options, progress)

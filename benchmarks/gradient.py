@@ -33,10 +33,9 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 from measuring import (
-    circumstances,
+    begin,
     compile_program,
     interleaved_times,
-    make_console,
     parser_of,
     write_json,
 )
@@ -348,10 +347,7 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
-    jax.config.update("jax_enable_compilation_cache", False)
-    console = make_console()
-    about = circumstances(options) | dict(width_and_batch=WIDTH_AND_BATCH)
-    console.print(about)
+    console, about = begin(options, width_and_batch=WIDTH_AND_BATCH)
     measured = {}
     with Progress(console=console, transient=True) as progress:
         for setting in progress.track(settings(options), description="measuring"):

@@ -24,7 +24,6 @@ It needs the extra `examples`, and `peers` for Heun's method in torchdiffeq.
 import argparse
 import dataclasses
 import functools as ft
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,14 +34,13 @@ import numpy as np
 import peers
 from matplotlib.figure import Figure
 from measuring import (
-    PACKAGES,
-    circumstances,
+    add_parts,
     compile_program,
     interleaved_times,
-    make_console,
     medians,
     parser_of,
     print_table,
+    run_parts,
     write_json,
 )
 from methods import (
@@ -292,8 +290,8 @@ PARTS = (networks, evaluations)
 
 def parse_options() -> argparse.Namespace:
     parser = parser_of(__doc__)
+    add_parts(parser, PARTS)
     add = parser.add_argument
-    add("part", nargs="?", choices=[f.__name__ for f in PARTS], help="by default all")
     add("--full", action="store_true", help="all sizes of networks in both ways")
     add("--figure", type=Path, metavar="PATH", help="where to draw the networks")
     return parser.parse_args()
@@ -301,21 +299,11 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
-    jax.config.update("jax_enable_compilation_cache", False)
-    console = make_console()
-    packages = PACKAGES if peers.MISSING else (*PACKAGES, *peers.PACKAGES)
-    about = circumstances(options, packages) | dict(missing=peers.MISSING)
-    console.print(about)
-    if peers.MISSING:
-        console.print(peers.WITHOUT)
+    console, about = peers.begin(options)
     results = {}
-    for measure in PARTS:
-        part = measure.__name__
-        if options.part in (None, part):
-            start = time.perf_counter()
-            results[part] = measure(options, console)
-            console.print(f"{part}: measured in {time.perf_counter() - start:.0f} s")
-            write_json(options.json, about, results)
+    for part, measured in run_parts(PARTS, options, console):
+        results[part] = measured
+        write_json(options.json, about, results)
 
 
 if __name__ == "__main__":

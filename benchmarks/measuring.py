@@ -9,7 +9,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -40,9 +40,34 @@ def circumstances(
     )
 
 
-def make_console() -> Console:
+def begin(
+    options: argparse.Namespace, packages: tuple[str, ...] = PACKAGES, **more: Any
+) -> tuple[Console, dict[str, Any]]:
+    """Where to print, and the circumstances, printed there: they belong to the file."""
+    jax.config.update("jax_enable_compilation_cache", False)
     # Rich takes a file or a pipe to be 80 columns wide, less than the tables need.
-    return Console(width=None if sys.stdout.isatty() else 128)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    about = circumstances(options, packages) | more
+    console.print(about)
+    return console, about
+
+
+def add_parts(parser: argparse.ArgumentParser, parts: Sequence[Callable]) -> None:
+    names = [part.__name__ for part in parts]
+    parser.add_argument("part", nargs="?", choices=names, help="by default all")
+
+
+def run_parts(
+    parts: Sequence[Callable], options: argparse.Namespace, console: Console
+) -> Iterator[tuple[str, Any]]:
+    """The name of each part that was asked for and what it measured, one by one."""
+    for part in parts:
+        if options.part in (None, part.__name__):
+            start = time.perf_counter()
+            measured = part(options, console)
+            took = time.perf_counter() - start
+            console.print(f"{part.__name__}: measured in {took:.0f} s")
+            yield part.__name__, measured
 
 
 def parser_of(doc: str | None) -> argparse.ArgumentParser:
@@ -73,7 +98,7 @@ def write_json(path: Path | None, about: dict, results: Any) -> None:
 def as_cell(x: Any) -> str:
     if x is None:
         return "-"
-    if isinstance(x, bool):
+    if isinstance(x, bool | np.bool_):
         return "yes" if x else "no"
     if isinstance(x, float):
         return f"{x:.2f}" if 0.01 < abs(x) < 1000 else f"{x:.1e}"

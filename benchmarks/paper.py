@@ -29,20 +29,17 @@ alone, else the program holds the whole path too, for the loss.
 
 import argparse
 import json
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import jax
-from gradient import circumstances
+from measuring import add_parts, begin, parser_of, print_table, run_parts
 from paper_common import DEFAULT, PUBLISHED
 from paper_dynamics import OSCILLATORS, PENDULUM, WHITE_DWARF, dynamics
 from paper_figures import draw_cubic, draw_curves
 from paper_flow_cde import cde, moons
 from paper_models import cubic
 from rich.console import Console
-from schemes import print_table
 
 
 def white_dwarf(options: argparse.Namespace, console: Console) -> dict:
@@ -111,15 +108,12 @@ def show(console: Console, part: str, results: dict[str, Any]) -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    add = parser.add_argument
-    names = [f.__name__ for f in PARTS]
-    add("part", nargs="?", choices=names, help="by default all")
-    add("--repeats", type=int, default=31, help="timed runs of each")
-    add("--seed", type=int, default=0)
-    add("--quick", action="store_true", help="a smoke test, hardly trained")
-    add("--figure", type=Path, metavar="DIR", help="where to draw the figures")
-    add("--json", type=Path, metavar="PATH", help="where to write the results")
+    parser = parser_of(__doc__)
+    add_parts(parser, PARTS)
+    parser.add_argument(
+        "--figure", type=Path, metavar="DIR", help="where to draw the figures"
+    )
+    parser.set_defaults(repeats=31)
     if parser.parse_args().quick:
         parser.set_defaults(repeats=1)
     return parser.parse_args()
@@ -127,25 +121,17 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
-    jax.config.update("jax_enable_compilation_cache", False)
-    # Rich takes a file or a pipe to be 80 columns wide, less than the tables need.
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    about = circumstances(options)
-    console.print(about)
+    jax.config.update("jax_enable_x64", True)
+    console, about = begin(options)
     results = {}
-    for measure in PARTS:
-        part = measure.__name__
-        if options.part in (None, part):
-            start = time.perf_counter()
-            with jax.enable_x64(True):
-                results[part] = measure(options, console)
-            beside = beside_published(part, results[part])
-            if beside:
-                results[part]["beside what was logged"] = beside
-            if options.figure is not None:
-                draw(part, results[part], options.figure)
-            show(console, part, results[part])
-            console.print(f"{part}: measured in {time.perf_counter() - start:.0f} s")
+    for part, measured in run_parts(PARTS, options, console):
+        beside = beside_published(part, measured)
+        results[part] = measured
+        if beside:
+            measured["beside what was logged"] = beside
+        if options.figure is not None:
+            draw(part, results[part], options.figure)
+        show(console, part, results[part])
     if options.json is not None:
         text = json.dumps(about | results, indent=1, default=str)
         options.json.write_text(text + "\n")

@@ -15,13 +15,16 @@ control. (Temporaries within an operation are not in it.)
 # The extra may be missing, for those who check types too.
 # pyright: reportMissingImports=false, reportPossiblyUnboundVariable=false
 
+import argparse
 import dataclasses
 import importlib.util
 import weakref
 from typing import Any
 
+import measuring
 import numpy as np
 from problems import Problem
+from rich.console import Console
 
 PACKAGES = ("torch", "torchdiffeq", "torchsde", "torchcde")
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
@@ -29,6 +32,16 @@ WITHOUT = (
     f"Without the methods in PyTorch: {', '.join(MISSING)} cannot be imported. "
     "They come with the extra `peers`: pip install '.[peers]'"
 )
+
+
+def begin(options: argparse.Namespace) -> tuple[Console, dict]:
+    """As `measuring.begin`; it says which of these packages is missing."""
+    packages = measuring.PACKAGES if MISSING else (*measuring.PACKAGES, *PACKAGES)
+    console, about = measuring.begin(options, packages, missing=MISSING)
+    if MISSING:
+        console.print(WITHOUT)
+    return console, about
+
 
 if not MISSING:
     import torch

@@ -32,14 +32,15 @@ import numpy as np
 from matplotlib.figure import Figure
 from measuring import (
     Program,
-    circumstances,
+    add_parts,
+    begin,
     compile_gradient,
     compile_program,
     interleaved_times,
-    make_console,
     medians,
     parser_of,
     print_table,
+    run_parts,
     write_json,
 )
 from methods import (
@@ -241,8 +242,8 @@ PARTS = (length, size, batch, path)
 
 def parse_options() -> argparse.Namespace:
     parser = parser_of(__doc__)
+    add_parts(parser, PARTS)
     add = parser.add_argument
-    add("part", nargs="?", choices=[f.__name__ for f in PARTS], help="by default all")
     add("--steps", type=int, default=1000, help="of the path part")
     add("--figure", type=Path, metavar="PATH", help="where to draw the first three")
     return parser.parse_args()
@@ -250,15 +251,8 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
-    jax.config.update("jax_enable_compilation_cache", False)
-    console = make_console()
-    about = circumstances(options)
-    console.print(about)
-    results = {
-        measure.__name__: measure(options, console)
-        for measure in PARTS
-        if options.part in (None, measure.__name__)
-    }
+    console, about = begin(options)
+    results = dict(run_parts(PARTS, options, console))
     if options.figure is not None and options.part != "path":
         draw(results, options.figure)
     write_json(options.json, about, results)

@@ -20,7 +20,6 @@ import argparse
 import functools as ft
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,12 +32,13 @@ import numpy as np
 from gradient import Setting
 from matplotlib.figure import Figure
 from measuring import (
-    circumstances,
+    add_parts,
+    begin,
     interleaved_times,
-    make_console,
     parser_of,
     print_table,
     relative_error,
+    run_parts,
     write_json,
 )
 from rich.console import Console
@@ -336,8 +336,8 @@ PARTS = (speed, precision, damped)
 
 def parse_options() -> argparse.Namespace:
     parser = parser_of(__doc__)
+    add_parts(parser, PARTS)
     add = parser.add_argument
-    add("part", nargs="?", choices=[f.__name__ for f in PARTS], help="by default all")
     add("--steps", type=int, default=1000, help="of the speed part")
     add("--figure", type=Path, metavar="PATH", help="where to draw the precision")
     if parser.parse_args().quick:
@@ -347,17 +347,8 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
-    jax.config.update("jax_enable_compilation_cache", False)
-    console = make_console()
-    about = circumstances(options)
-    console.print(about)
-    results = {}
-    for measure in PARTS:
-        part = measure.__name__
-        if options.part in (None, part):
-            start = time.perf_counter()
-            results[part] = measure(options, console)
-            console.print(f"{part}: measured in {time.perf_counter() - start:.0f} s")
+    console, about = begin(options)
+    results = dict(run_parts(PARTS, options, console))
     write_json(options.json, about, results)
 
 

@@ -1,8 +1,6 @@
 """`SaveAt(dense=True)`: what it gives, and its gradient, are those of direct
 differentiation of the same scheme."""
 
-import functools as ft
-
 import diffrax as dfx
 import equinox as eqx
 import jax
@@ -65,13 +63,12 @@ def evaluated(solution, times):
 def value_and_gradient(adjoint, run, at, arithmetic):
     """Of a loss of what `run` gives; and what it gives."""
 
-    @ft.partial(eqx.filter_jit, **quick(adjoint, arithmetic))
     @eqx.filter_value_and_grad(has_aux=True)
     def of(p):
         out = run(adjoint, p)
         return finite_sum_of_squares(out), out
 
-    return of(at)
+    return eqx.filter_jit(of, **quick(adjoint, arithmetic))(at)
 
 
 def agree(run, at, bound=1e-12, arithmetic=SOLVER.arithmetic):

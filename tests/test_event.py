@@ -4,8 +4,6 @@ The gradient is that of the final state and of the time of the event, in the ini
 state, in `args`, and in what the functions of the event close over.
 """
 
-import functools as ft
-
 import diffrax as dfx
 import equinox as eqx
 import jax
@@ -49,14 +47,13 @@ def run(adjoint, p, event, **kwargs):
 def value_and_gradient(run, adjoint, at, arithmetic):
     """Of a loss of the times and states saved; with what says how the solve ended."""
 
-    @ft.partial(eqx.filter_jit, **quick(adjoint, arithmetic))
     @eqx.filter_value_and_grad(has_aux=True)
     def of(p):
         solution = run(adjoint, p)
         end = solution.ts, solution.ys, solution.event_mask, solution.result
         return finite_sum_of_squares((solution.ts, solution.ys)), end
 
-    return of(at)
+    return eqx.filter_jit(of, **quick(adjoint, arithmetic))(at)
 
 
 def agree(run, at=AT, bound=1e-12, arithmetic=SOLVER.arithmetic):

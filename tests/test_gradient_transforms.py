@@ -202,12 +202,12 @@ HESSIAN_SAVES = {
 @pytest.mark.parametrize(
     "saves, scheme",
     [
-        ("ts", "fixed-point"),
+        ("ts", "published"),
         *(
             pytest.param(saves, scheme, marks=pytest.mark.heavy)
             for saves in HESSIAN_SAVES
             for scheme in BY_SCHEME
-            if (saves, scheme) != ("ts", "fixed-point")
+            if (saves, scheme) != ("ts", "published")
         ),
     ],
 )

@@ -5,8 +5,6 @@ the factors by which `PIDController` changes a step count as constants, and so d
 first step that it chooses for itself. No time has a gradient that is silently zero.
 """
 
-import functools as ft
-
 import diffrax as dfx
 import equinox as eqx
 import jax
@@ -112,13 +110,12 @@ def outputs(adjoint, p, stepping="constant", saving="t1", **kwargs):
 def value_and_gradient(run, adjoint, at, arithmetic):
     """Of the sum of squares of what `run` gives; and what it gives beside."""
 
-    @ft.partial(eqx.filter_jit, **quick(adjoint, arithmetic))
     @eqx.filter_value_and_grad(has_aux=True)
     def of(p):
         saved, beside = run(adjoint, p)
         return finite_sum_of_squares(saved), beside
 
-    return of(at)
+    return eqx.filter_jit(of, **quick(adjoint, arithmetic))(at)
 
 
 def agree(run, at, bound=1e-11, arithmetic=SOLVER.arithmetic):
