@@ -48,36 +48,45 @@ def langevin(base, coupling, key, y0, gamma, num_steps=64, tol=1e-3, adjoint=OUR
     ).ys
 
 
+Y0 = jnp.array([1.0, -0.5]), jnp.array([0.2, 0.1])
+GAMMA = jnp.asarray(0.7)
+CELLS = [(base, coupling) for base in LANGEVIN for coupling in COUPLINGS]
+
+
 @pytest.mark.parametrize(
-    ("base", "coupling"),
-    in_cells([(b, c) for b in LANGEVIN for c in COUPLINGS], []),
+    ("base", "coupling"), in_cells(CELLS, [("ALIGN", "published")])
 )
-def test_underdamped_langevin_diffusion(base, coupling):
-    """The ends approach those of a fine solve, at order 1.8 at least, and the gradient
-    is the direct one."""
-    y0 = (jnp.array([1.0, -0.5]), jnp.array([0.2, 0.1]))
-    gamma, key = jnp.asarray(0.7), jax.random.key(7)
-
-    def loss(adjoint, y0):
-        return sum(
-            jnp.sum(x**2)
-            for x in jax.tree.leaves(
-                langevin(base, coupling, key, y0, gamma, adjoint=adjoint)
-            )
-        )
-
+def test_gradient_is_that_of_direct_differentiation_on_the_same_path(base, coupling):
     def gradient(adjoint):
-        of = jax.grad(ft.partial(loss, adjoint))
-        return jax.jit(of, **quick(adjoint, rvx.FixedPoint()))(y0)
+        def loss(y0):
+            ys = langevin(base, coupling, jax.random.key(7), y0, GAMMA, adjoint=adjoint)
+            return sum(jnp.sum(x**2) for x in ys)
+
+        arithmetic = rvx.Reversible(LANGEVIN[base][0], COUPLINGS[coupling]).arithmetic
+        return jax.jit(jax.grad(loss), **quick(adjoint, arithmetic))(Y0)
 
     assert relative_difference(gradient(OURS), gradient(DIRECT)) <= 1e-12
 
-    fine = langevin(base, None, key, y0, gamma, 1024, 2.0**-12, DIRECT)
-    off = []
-    for n in (8, 32):
-        ends = langevin(base, coupling, key, y0, gamma, n, 2.0**-12)
-        off.append(relative_difference(ends, fine))
-    assert off[1] <= off[0] / 4**1.8, off
+
+ORDERS = {"ALIGN": 2, "ShOULD": 3, "QUICSORT": 3}
+
+
+@pytest.mark.parametrize(("base", "coupling"), in_cells(CELLS, []))
+def test_strong_order_is_that_of_the_base(base, coupling):
+    """Of root mean squares over 16 paths, between 8 steps and 32, against 1,024 of the
+    base. Measured: 2.0 for ALIGN, 2.9 to 3.0 for the others."""
+    keys = jax.random.split(jax.random.key(7), 16)
+
+    @ft.partial(jax.jit, static_argnums=(0, 1), **quick())
+    def ends(coupling, num_steps):
+        run = lambda key: langevin(
+            base, coupling, key, Y0, GAMMA, num_steps, 2.0**-12, DIRECT
+        )
+        return jnp.concatenate(jax.vmap(run)(keys), axis=-1)
+
+    fine = ends(None, 1024)
+    few, more = (jnp.linalg.norm(ends(coupling, n) - fine) for n in (8, 32))
+    assert jnp.log(few / more) / jnp.log(4) >= ORDERS[base] - 0.15
 
 
 @pytest.mark.parametrize(
@@ -89,16 +98,15 @@ def test_underdamped_langevin_diffusion(base, coupling):
 )
 def test_not_one_bit_of_a_langevin_solve_is_lost(base, dtype, optimised):
     solver, levy = LANGEVIN[base]
-    cast = lambda *numbers: jnp.asarray(numbers, dtype)
 
     @jax.jit
     def undo(key, y0, gamma):
         terms = langevin_terms(levy, key, gamma, dtype=dtype)
-        times = cast(0, 1, 1 / 200)
+        times = jnp.array([0, 1, 1 / 200], dtype)
         return rvx.round_trip_error(terms, rvx.Reversible(solver), *times, y0)
 
-    y0 = cast(1.0, -0.5), cast(0.2, 0.1)
-    out = undo(jax.random.key(7), y0, cast(0.7)[0])
+    y0, gamma = jax.tree.map(lambda x: x.astype(dtype), (Y0, GAMMA))
+    out = undo(jax.random.key(7), y0, gamma)
     assert out.num_steps == 200
     for x in jax.tree.leaves(out.error):
         assert not jnp.any(x)

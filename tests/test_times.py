@@ -215,7 +215,9 @@ def test_lanes_with_ends_of_their_own_that_begin_together(stepping, saving):
         one = lambda t1: outputs(adjoint, p | dict(t1=t1), stepping, saving)
         return jax.vmap(one)(p["t1"])
 
-    agree(run, PARAMETERS | TIMES | dict(t1=ends))
+    # Of dense output where steps meet jumps Diffrax's own two adjoints differ by 9e-12.
+    bound = 3e-11 if (stepping, saving) == ("jump-ts", "dense") else 1e-11
+    agree(run, PARAMETERS | TIMES | dict(t1=ends), bound)
 
 
 def test_a_gradient_for_each_lane_of_times_that_all_share():
