@@ -237,10 +237,12 @@ def controlled_steps(draw, interval, solver):
     if kind == "step-to":
         times = dfx.StepTo(interval.at(interval.marks))
         return dict(stepsize_controller=times, dt0=None)
-    # Takes 5 to 50 steps or so, and rejects some of most bases. (No finer tolerance:
-    # where an estimate is round-off, after a short step, the next step is to grow by
-    # the most that it may, and not by as much as round-off says.)
-    order = min(solver.error_order(dfx.ODETerm(field)), 5)
+    # Takes 5 to 50 steps or so, and rejects some of most bases.
+    order = solver.error_order(dfx.ODETerm(field))
+    if order > 6:
+        # A short step has an estimate of nothing but round-off. The next one is to grow
+        # by the most that it may, tenfold, and not by as much as round-off says.
+        order = 3
     if isinstance(solver.solver, RungeKutta4):
         order = 2  # Of its estimate, the difference from Euler.
     digits = order + draw(st.floats(0, 0.75, width=16))
