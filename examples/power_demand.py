@@ -89,7 +89,7 @@ class Setting(NamedTuple):
     """Where the memory is measured; time at the last."""
 
 
-FULL = Setting(8, 64, 256, 2048, 300, 2, (256, 1024, 4096))
+FULL = Setting(8, 64, 256, 2048, 300, 2, (64, 256, 1024))
 QUICK = Setting(3, 8, 16, 64, 5, 1, (32,))
 
 
