@@ -19,7 +19,7 @@ was trained by: how often a forest of trees can tell generated days from real on
 tells those of every model here in more than nine cases of ten, so the equation is
 nearer than the others to the distribution, but none passes for real.
 
-    python examples/power_demand.py            # seven minutes on two cores
+    python examples/power_demand.py            # eight and a half minutes on two cores
     python examples/power_demand.py --quick    # hardly trained
 
 The packages it needs come with the extra `examples`.
