@@ -20,7 +20,7 @@ that is too coarse is a density that does not sum to one.
 At the end a gradient through many steps is measured under
 `reversax.ReversibleAdjoint` and under checkpointing.
 
-    python examples/continuous_flow.py            # seven and a half minutes on two cores
+    python examples/continuous_flow.py            # eight minutes on two cores
     python examples/continuous_flow.py --quick    # hardly trained, to see that it runs
 
 The packages it needs come with the extra `examples`.
