@@ -60,7 +60,7 @@ def test_gradient_is_that_of_direct_differentiation_on_the_same_path(base, coupl
     def gradient(adjoint):
         def loss(y0):
             ys = langevin(base, coupling, jax.random.key(7), y0, GAMMA, adjoint=adjoint)
-            return sum(jnp.sum(x**2) for x in ys)
+            return sum(jnp.sum(x**2) for x in jax.tree.leaves(ys))
 
         arithmetic = rvx.Reversible(LANGEVIN[base][0], COUPLINGS[coupling]).arithmetic
         return jax.jit(jax.grad(loss), **quick(adjoint, arithmetic))(Y0)
