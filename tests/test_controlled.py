@@ -184,7 +184,7 @@ MISSING = {f.__name__: f for f in (gaps_bridged, gaps_bridged_by_cubics, gaps_he
 )
 def test_missing_observations_have_no_gradient_and_the_others_the_direct_one(fill):
     point = network(), initial_state(), observations()
-    *_, ours = assert_equal_to_direct(point, MISSING[fill], "published", "constant")
+    *_, ours = assert_equal_to_direct(point, MISSING[fill], "fixed-point", "constant")
     assert jnp.all(jnp.isfinite(ours))
     assert not jnp.any(ours[~SEEN])
     first = SEEN[:, 0].at[-1].set(fill != "gaps_held")  # Held, the last comes too late.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optimistix as optx
 import pytest
-from helpers import FEATURES_IN, SCHEMES, finite_sum_of_squares, quick
+from helpers import FEATURES_IN, SCHEMES, finite_sum_of_squares, in_cells, quick
 from programs import DIRECT, OURS, agree_in_each_entry
 
 import reversax as rvx
@@ -117,15 +117,7 @@ DAILY = [
 
 @pytest.mark.parametrize(
     ("event", "stepping"),
-    [
-        pytest.param(
-            event,
-            stepping,
-            marks=[] if (event, stepping) in DAILY else [pytest.mark.heavy],
-        )
-        for event in EVENTS
-        for stepping in STEPPING
-    ],
+    in_cells([(event, stepping) for event in EVENTS for stepping in STEPPING], DAILY),
 )
 def test_state_and_time_of_an_event_are_differentiated(event, stepping):
     of_event = lambda adjoint, p: run(adjoint, p, EVENTS[event], **STEPPING[stepping])

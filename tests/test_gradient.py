@@ -18,6 +18,7 @@ from helpers import (
     BASES,
     SCHEMES,
     finite_sum_of_squares,
+    in_cells,
     initial_states,
     network_arguments,
     network_field,
@@ -160,14 +161,7 @@ DAILY = [
 
 @pytest.mark.parametrize(
     ("base", "controller", "batching", "scheme"),
-    [
-        *(pytest.param(*cell, id="-".join(cell)) for cell in DAILY),
-        *(
-            pytest.param(*cell, id="-".join(cell), marks=pytest.mark.heavy)
-            for cell in CELLS
-            if cell not in DAILY
-        ),
-    ],
+    in_cells([*DAILY, *(cell for cell in CELLS if cell not in DAILY)], DAILY),
 )
 def test_gradient_of_every_kind_of_output_is_that_of_direct_differentiation(
     base, controller, batching, scheme
