@@ -34,10 +34,17 @@ def circumstances(
         python=platform.python_version(),
         platform=platform.platform(),
         device=str(jax.devices()[0].device_kind),
-        cpu_count=os.cpu_count(),
+        cpu_count=usable_cores(),
         load_average=os.getloadavg() if hasattr(os, "getloadavg") else None,
         options={k: v for k, v in vars(options).items() if k not in ("json", "figure")},
     )
+
+
+def usable_cores() -> int | None:
+    """Fewer than the machine has where the process is held to some of them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def begin(

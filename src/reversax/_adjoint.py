@@ -165,7 +165,7 @@ def _refuse_if_used(ct_controller_state: PyTree, ct_clock: Clock) -> Clock:
 def _check(throw, lane: Lane, reconstructed, true, scale, errors, final):
     """The certificate of one lane."""
     last = round_trip(lane.scheme, reconstructed, true, scale)
-    errors = jtu.tree_map(jnp.maximum, errors, last)
+    errors = jtu.tree_map(jnp.maximum, errors, last) if errors else last
     tolerance = lane.round_trip_tolerance
     zero = certificate(tolerance, throw, lane.scheme, errors, final)
     return checked_tangents(tolerance, true, reconstructed, zero, final)[1]
@@ -221,9 +221,7 @@ def _first_carry(
         ct_ts=ct_ts,
         num_ts=residuals.num_ts,
         scale=scale,
-        round_trips=[
-            jnp.zeros(x.shape, jnp.result_type(float)) for x in jtu.tree_leaves(scale)
-        ],
+        round_trips=walk.each(Lane.no_errors_yet, scale),
     )
 
 

@@ -11,8 +11,8 @@ twins integers, (A) is integer addition, and of `d = y - z` the division by four
 a remainder, of which the halved gap still knows the lower bit:
 
     (H1)   d = y - z,  c = d >> 2,  r = d & 3,  shed bit r >> 1
-    (H2)   after it y - z = d - 2c = 2c + r; so r & 1 is its lowest bit, and
-           r = ((y - z) & 1) + 2*bit,  c = ((y - z) - r) >> 1
+    (H2)   after it y - z = d - 2c = 2c + r, of which r & 1 is the lowest bit; so
+           (y - z) >> 1 = c + (r >> 1),  c = ((y - z) >> 1) - bit
 
 A fixed-point number `v` is an integer `n = v/q` of two machine words,
 
@@ -321,8 +321,8 @@ class FixedPoint(AbstractArithmetic):
         def leaf(y, z, bit):
             a, b = (y.high, y.low), (z.high, z.low)
             gap = _minus(a, b)
-            r = (gap[1] & 1) + 2 * bit.astype(gap[1].dtype)
-            c = _shifted_right(_minus(gap, (jnp.zeros_like(gap[0]), r)), 1)  # (H2)
+            bit = bit.astype(gap[1].dtype)
+            c = _minus(_shifted_right(gap, 1), (jnp.zeros_like(gap[0]), bit))  # (H2)
             half = y.value - z.value
             return (
                 self._number(_plus(a, c), y.value + half / 2, 2 * half),

@@ -64,9 +64,11 @@ class Carry(eqx.Module):
     num_ts: list[Index]
     """For each observation, how many of its `ts` are still to be pulled back."""
     scale: Scale
-    """The largest size of the state met so far, per leaf."""
+    """The largest size of the state met so far, per leaf; of its two ends alone, where
+    no error is allowed, and a size wanted only to say how large one was."""
     round_trips: list[Float[Array, ""]]
-    """The largest error of a round trip met so far, per leaf."""
+    """The largest error of a round trip met so far, per leaf; none before the end if
+    no pairs are kept."""
 
 
 class Walk(eqx.Module):
@@ -229,7 +231,9 @@ class Walk(eqx.Module):
             ct_t0, ct_later = cast(tuple, undone.ct_interval)
             add = self.each(Lane.pull_interval, index, ct_t0, ct_t1 + ct_later)
             ct_clock = add_trees(ct_clock, if_active(add, zeros_like_inexact(add)))
-        scale = jtu.tree_map(jnp.maximum, carry.scale, self.each(Lane.size, pair0))
+        scale = carry.scale
+        if not self.lane.allows_no_error:
+            scale = jtu.tree_map(jnp.maximum, scale, self.each(Lane.size, pair0))
         pair0, errors = self.each(Lane.restart, pair0, index, scale)
         errors = jtu.tree_map(jnp.maximum, carry.round_trips, errors)
         new = pair0, undone.ct, undone.ct_ts, undone.num_ts, scale, errors

@@ -31,12 +31,23 @@ import jax.core
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Int, PyTree
+import numpy as np
+from jaxtyping import Array, Int, PyTree, UInt32
 
 from ._arithmetic import AbstractArithmetic, State
 from ._compat import unvmap_any
 
 Index = Int[Array, ""] | int
+
+
+def divided(count: Index, by: int) -> tuple[UInt32[Array, ""], UInt32[Array, ""]]:
+    """The quotient and the remainder of a count, which is never negative.
+
+    A signed one would take a compiler a dozen operations, to round down and not to
+    zero; and it repeats them in all that is fused with what depends on them.
+    """
+    unsigned, divisor = jnp.asarray(count).astype(jnp.uint32), np.uint32(by)
+    return lax.div(unsigned, divisor), lax.rem(unsigned, divisor)
 
 
 class Pair(eqx.Module):
@@ -130,7 +141,8 @@ class Symmetric(AbstractCoupling):
         self, index: Index, pair: Pair, move: Callable[[], tuple], skip: bool
     ) -> Pair:
         """The moved pair at the steps that halve, and `pair` at the others."""
-        halves = (index + 1) % self.halve_every == 0
+        _, phase = divided(index, self.halve_every)
+        halves = phase == self.halve_every - 1
         choose = lambda a, b: jnp.where(halves, a, b)
         moved = lambda: jtu.tree_map(choose, Pair(*move()), pair)
         if not skip:

@@ -151,7 +151,7 @@ def evaluate_isolated(
         noted.append((others, leaves_treedef, sources, kinds))
         return [_raw(x) for x, i in zip(leaves, sources, strict=True) if i is None]
 
-    plain = eqx.filter_make_jaxpr(fn)(x, rest)[0]
+    fn, plain = _traced(fn, x, rest)
     # `jax.checkpoint` would repeat side effects, such as printing, and cannot keep
     # complex numbers.
     may_be_thrifty = not (plain.effects or _has_complex(plain.jaxpr))
@@ -171,6 +171,19 @@ def evaluate_isolated(
         for i, kind in zip(sources, kinds, strict=True)
     ]
     return eqx.combine(leaves_treedef.unflatten(leaves), others)
+
+
+def _traced(fn: Function, x: PyTree[Array], rest: PyTree) -> tuple[Function, Any]:
+    """`fn`, which is not called again, and its program."""
+    jaxpr, shapes, static = eqx.filter_make_jaxpr(fn)(x, rest)
+    treedef = jtu.tree_structure(shapes)
+
+    def of_program(x, rest):
+        arrays = jtu.tree_leaves(eqx.filter((x, rest), eqx.is_array))
+        out = jax.extend.core.jaxpr_as_fun(jaxpr)(*arrays)
+        return eqx.combine(treedef.unflatten(out), static)
+
+    return of_program, jaxpr
 
 
 def _nothing(like: jax.ShapeDtypeStruct) -> Array:

@@ -137,6 +137,18 @@ class Lane(eqx.Module):
     def size(self, pair: Pair) -> Scale:
         return largest_of_pair(self.scheme, pair)
 
+    @property
+    def allows_no_error(self) -> bool:
+        """Whether a round trip fails by one bit, whatever the size of the state."""
+        return self.scheme.arithmetic.exact and not self.round_trip_tolerance
+
+    def no_errors_yet(self, scale: Scale) -> list[Float[Array, ""]]:
+        """What `restart` returns, where nothing was off so far."""
+        if self.tape.record.pairs is None:
+            return []
+        zero = jnp.zeros((), jnp.result_type(float))
+        return [zero for _ in jtu.tree_leaves(scale)]
+
     def pull_readout(self, ct_readout: State, pair: Pair) -> Pair:
         """The cotangent of a pair from that of its readout."""
         decoded = self.scheme.decode(pair)
@@ -157,12 +169,13 @@ class Lane(eqx.Module):
         self, pair0: Pair, index: Index, scale: Scale
     ) -> tuple[Pair, list[Float[Array, ""]]]:
         """The kept pair in the place of a reconstructed one, where there is one, and by
-        how much that was off."""
+        how much that was off; nothing if no pairs are kept."""
+        if self.tape.record.pairs is None:
+            return pair0, []
         at, kept = self.tape.kept_pair(index, pair0)
         errors = round_trip(self.scheme, pair0, kept, scale)
-        if self.tape.record.pairs is not None:
-            zero = jnp.zeros(())
-            kept, _ = checked_tangents(self.round_trip_tolerance, kept, pair0, zero)
+        zero = jnp.zeros(())
+        kept, _ = checked_tangents(self.round_trip_tolerance, kept, pair0, zero)
         return kept, [jnp.where(at, x, 0) for x in errors]
 
     def ends(self, pair0: Pair, pair1: Pair, z, increment, dense_info) -> StepEnds:

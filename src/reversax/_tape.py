@@ -24,7 +24,7 @@ from jaxtyping import Array, PyTree, Real, UInt32
 from ._clock import Clock, Moment, Sensitivity, pull_row, pull_through
 from ._compat import buffer_at_set, replayed_end, while_loop
 from ._control import Time
-from ._coupling import Index, Pair
+from ._coupling import Index, Pair, divided
 from ._isolation import isolated_product
 from ._pair import Scheme
 
@@ -131,19 +131,19 @@ class Plan(eqx.Module):
     steps_before: Index
     """How many steps were taken before the solve; for the phase of the coupling."""
 
-    def halving(self, index: Index) -> tuple[Array, Any]:
+    def halving(self, index: Index) -> tuple[Array, Array]:
         """Whether the gap is halved at a step, and which halving of the solve it is."""
         every = self.scheme.sheds_every
         assert every is not None
-        number = self.steps_before + index
-        before = self.steps_before // every
-        return jnp.asarray((number + 1) % every == 0), number // every - before
+        number, phase = divided(self.steps_before + index, every)
+        before, _ = divided(self.steps_before, every)
+        return phase == every - 1, number - before
 
     def restart(self, index: Index) -> tuple[Array, Array]:
         """Whether the pair that a step starts from is kept, and as which."""
         assert self.restart_every is not None
-        at = (index % self.restart_every == 0) & (index > 0)
-        return jnp.asarray(at), jnp.maximum(index // self.restart_every - 1, 0)
+        number, phase = divided(index, self.restart_every)
+        return (phase == 0) & (number > 0), jnp.maximum(number, 1) - 1
 
     def blank(self, t0: Time, pair0: Pair, num_varied: int) -> "Record":
         """An empty record, with derivatives of the times by so many numbers."""
@@ -189,14 +189,12 @@ class Tape(eqx.Module):
         if self.record.bits is None:
             return None
         _, halving = self.plan.halving(index)
-        shift = (halving % _BITS).astype(jnp.uint32)
-        read = lambda rows: (rows[halving // _BITS] >> shift) & 1
+        row, shift = divided(halving, _BITS)
+        read = lambda rows: (rows[row] >> shift) & 1
         return jtu.tree_map(read, self.record.bits)
 
     def kept_pair(self, index: Index, otherwise: Pair) -> tuple[Array, Pair]:
-        """Whether the pair that a step starts from was kept, and that pair."""
-        if self.record.pairs is None:
-            return jnp.array(False), otherwise
+        """Of a record with pairs: whether that of a step's start was kept, and it."""
         at, row = self.plan.restart(index)
         read = lambda rows, x: jnp.where(at, rows[row], x)
         return at, jtu.tree_map(read, self.record.pairs, otherwise)
@@ -289,7 +287,7 @@ class Recorder(dfx.AbstractStepSizeController):
             times = jtu.tree_map(set_row, new, times)
         if bits is not None:
             halves, halving = plan.halving(index)
-            row, shift = halving // _BITS, (halving % _BITS).astype(jnp.uint32)
+            row, shift = divided(halving, _BITS)
             shed = plan.scheme.arithmetic.shed_bits(pair0.y, pair0.z)
             # Over what is written first: in the loop a buffer is a tree of its own.
             add = lambda bit, rows: buffer_at_set(
