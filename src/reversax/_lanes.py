@@ -11,7 +11,7 @@ again with the axes of its arguments, and can sum over the lanes where that is c
 Met by differentiation first, as in the gradient of each lane, it is called plainly.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -39,18 +39,33 @@ class _Call:
     The same only as itself, which is how JAX compares the parameters of primitives.
     """
 
-    def __init__(self, fn: Callable, treedef: Any, rest: PyTree):
+    def __init__(
+        self, fn: Callable, treedef: Any, rest: PyTree, axes: Axes | None = None
+    ):
         self.fn = fn
         self.treedef = treedef
         self.rest = rest
+        self.axes = axes
         self.unflatten: Callable | None = None
+        self.abstract: tuple[list, Any] | None = None
+        """The types of what it returns, and its effects, once they are known."""
 
-    def __call__(self, *flat, dims=None, name=None):
+    def in_lanes(self, dims: Sequence[int | None], size: int, name: Hashable):
+        """The same call of `size` lanes at once; `dims` are axes of its arguments."""
+        axes = Axes(self.treedef.unflatten(dims), name)
+        call = _Call(self.fn, self.treedef, self.rest, axes)
+        if self.abstract is not None:
+            # Known without tracing another time: those of one lane, in each.
+            avals, effects = self.abstract
+            each = lambda xs: [jnp.broadcast_to(x, (size, *x.shape)) for x in xs]
+            call.abstract = jax.make_jaxpr(each)(avals).out_avals, effects
+        return call
+
+    def __call__(self, *flat):
         # The constants of an outer program come as literals, which are no arrays.
         arrays = self.treedef.unflatten(map(jnp.asarray, flat))
         args = eqx.combine(arrays, self.rest)
-        axes = None if dims is None else Axes(self.treedef.unflatten(dims), name)
-        arrays, rest = eqx.partition(self.fn(*args, axes=axes), eqx.is_array)
+        arrays, rest = eqx.partition(self.fn(*args, axes=self.axes), eqx.is_array)
         leaves, treedef = jtu.tree_flatten(arrays)
         self.unflatten = lambda leaves: eqx.combine(treedef.unflatten(leaves), rest)
         return leaves
@@ -66,8 +81,10 @@ mlir.register_lowering(
 
 @_call_p.def_effectful_abstract_eval
 def _abstract(*avals, call):
-    jaxpr = jax.make_jaxpr(call)(*avals)
-    return jaxpr.out_avals, jaxpr.effects
+    if call.abstract is None:
+        jaxpr = jax.make_jaxpr(call)(*avals)
+        call.abstract = jaxpr.out_avals, jaxpr.effects
+    return call.abstract
 
 
 def _jvp(primals, tangents, *, call):
@@ -87,15 +104,17 @@ def _jvp(primals, tangents, *, call):
 
 
 def _batch(axis, flat, dims, *, call):
-    if axis.spmd_name is not None or axis.explicit_mesh_axis is not None:
-        # Lanes laid out over devices: what they share is summed by JAX as usual.
+    over_devices = axis.spmd_name is not None or axis.explicit_mesh_axis is not None
+    if over_devices or call.axes is not None:
+        # Of lanes laid out over devices, and of lanes of lanes, what they share is
+        # summed by JAX as usual.
         names: dict[str, Any] = dict(axis_name=axis.name, spmd_axis_name=axis.spmd_name)
         out = jax.vmap(call, in_axes=tuple(dims), **names)(*flat)
         return out, [0] * len(out)
     to_front = lambda x, d: x if d is None else jnp.moveaxis(x, d, 0)
     flat = [to_front(x, d) for x, d in zip(flat, dims, strict=True)]
     dims = [None if d is None else 0 for d in dims]
-    out = call(*flat, dims=dims, name=axis.name)
+    out = _call_p.bind(*flat, call=call.in_lanes(dims, axis.size, axis.name))
     return out, [0] * len(out)
 
 
