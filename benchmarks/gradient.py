@@ -45,7 +45,7 @@ from rich.table import Table
 import reversax
 
 STATE_SIZE = 8
-WIDTH_AND_BATCH = {"small": (64, 64), "large": (512, 16), "counting": (8, 2)}
+WIDTHS = {"small": 64, "large": 512, "counting": 8}
 BASELINE = "checkpoint"
 CONTESTANTS = ("published", "reversible", BASELINE, "scan")
 
@@ -60,6 +60,7 @@ class Setting:
     """One problem that all the contestants differentiate."""
 
     network: str
+    batch: int
     steps: int
     batching: str
     stepping: str
@@ -71,16 +72,15 @@ class Setting:
 
     @property
     def title(self) -> str:
-        return f"{self.network}, {self.batching}, {self.stepping}"
+        return f"{self.network}, {self.batch} {self.batching}, {self.stepping}"
 
     def inputs(self) -> tuple[tuple, eqx.nn.MLP]:
         """The weights and initial states, and the network without its weights."""
         key_mlp, key_y0 = jax.random.split(jax.random.PRNGKey(self.seed))
-        width, batch = WIDTH_AND_BATCH[self.network]
-        sizes = STATE_SIZE, STATE_SIZE, width, 2
+        sizes = STATE_SIZE, STATE_SIZE, WIDTHS[self.network], 2
         mlp = eqx.nn.MLP(*sizes, activation=jnp.tanh, key=key_mlp)
         weights, rest = eqx.partition(mlp, eqx.is_inexact_array)
-        return (weights, jax.random.normal(key_y0, (batch, STATE_SIZE))), rest
+        return (weights, jax.random.normal(key_y0, (self.batch, STATE_SIZE))), rest
 
 
 @dataclasses.dataclass
@@ -252,20 +252,21 @@ def measure(setting: Setting, options: argparse.Namespace) -> dict[str, Result]:
             compiled[contestant] = compile_gradient(setting, contestant, result)
     time_runs(setting, compiled, results, options.repeats)
     if not options.quick or setting.stepping == "constant":
-        counted = dataclasses.replace(setting, network="counting", batching="batched")
+        narrow = dict(network="counting", batch=2, batching="batched")
+        counted = dataclasses.replace(setting, **narrow)
         for contestant, result in results.items():
             result.evaluations = count_evaluations(counted, contestant)
     return results
 
 
 def settings(options: argparse.Namespace) -> list[Setting]:
+    small = "small", options.batch, options.steps
     if options.quick:
         kinds = ("vmap", "constant"), ("batched", "adaptive")
-        return [Setting("small", options.steps, *kind, options.seed) for kind in kinds]
-    steps = {"small": options.steps, "large": options.large_steps}
+        return [Setting(*small, *kind, options.seed) for kind in kinds]
     return [
-        Setting(network, steps[network], batching, stepping, options.seed)
-        for network in ("small", "large")
+        Setting(*network, batching, stepping, options.seed)
+        for network in (small, ("large", 16, options.large_steps))
         for batching in ("batched", "vmap")
         for stepping in ("constant", "adaptive")
     ]
@@ -337,6 +338,7 @@ def as_rows(measured: dict) -> list[dict]:
 def parse_options() -> argparse.Namespace:
     parser = parser_of(__doc__)
     add = parser.add_argument
+    add("--batch", type=int, default=64, help="states of the small network")
     add("--steps", type=int, default=1000, help="of the small network")
     add("--large-steps", type=int, default=100, help="of the large network")
     add("--compiles", type=int, default=3, help="of each, of the small network")
@@ -347,7 +349,7 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
-    console, about = begin(options, width_and_batch=WIDTH_AND_BATCH)
+    console, about = begin(options, widths=WIDTHS)
     measured = {}
     with Progress(console=console, transient=True) as progress:
         for setting in progress.track(settings(options), description="measuring"):

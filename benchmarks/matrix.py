@@ -271,8 +271,9 @@ def draw(rows: list[dict], path: Path) -> None:
                 label = f"{chosen[0]['library']}: {method}"
                 kwargs = dict(color=color, marker=marker, linestyle="none", label=label)
                 axes.semilogy(xs, ys, markersize=6, **kwargs)
-            axes.axhline(1.0, color="C1", zorder=0)
+            axes.axhline(1.0, color="C1", zorder=1)
             axes.grid(color="0.93", axis="y")
+            axes.set_axisbelow(True)
             labels = [f"{width}\n{batch}" for width, batch in columns]
             axes.set_xticks(range(len(columns)), labels)
             axes.set_title(f"{kind}: {'time' if key == 'seconds' else 'bytes'}")

@@ -341,7 +341,7 @@ OSCILLATORS = Dynamics(
     steps=500,
     checkpoints=31,
     bases=("Euler", "Midpoint", "Ralston", "RK4"),
-    training_steps=1000,
+    training_steps=10_000,
     noise=0.01,
 )
 PENDULUM = Dynamics(
@@ -351,7 +351,7 @@ PENDULUM = Dynamics(
     steps=500,
     checkpoints=32,
     bases=("Bosh3",),
-    training_steps=1000,
+    training_steps=10_000,
     noise=0.01,
     tolerance=1e-6,
 )

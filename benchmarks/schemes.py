@@ -139,7 +139,7 @@ def requirements(medians: dict[str, dict[str, float]]) -> Iterator[dict]:
 
 def speed(options: argparse.Namespace, console: Console) -> list[dict]:
     steps = options.steps
-    make = lambda kind: Setting("small", steps, kind, "constant", options.seed)
+    make = lambda kind: Setting("small", 64, steps, kind, "constant", options.seed)
     settings = [make("batched"), make("vmap")]
     errors = truncation_errors(settings[0])
     rows, cells, medians = [], [], {}
@@ -307,8 +307,8 @@ def checked_gradient(solver, restart_every, *problem) -> tuple[tuple, bool | Non
 
 def damped(options: argparse.Namespace, console: Console) -> list[dict]:
     steps = NUM_TS if options.quick else 200
-    (weights, y0), rest = Setting("small", 0, "", "", options.seed).inputs()
-    inputs = weights, y0[:BATCH]
+    (weights, y0), rest = Setting("small", BATCH, 0, "", "", options.seed).inputs()
+    inputs = weights, y0
     with jax.enable_x64(True):
         problem = steps, 10, jax.tree.map(np.float64, inputs), rest
         reference = damped_gradient(diffrax.Tsit5(), CHECKPOINT, *problem)
