@@ -95,10 +95,10 @@ class Walk(eqx.Module):
     def _keep_if_done(self, num_steps: Index, new: PyTree, old: PyTree) -> PyTree:
         if self.axes is None:
             return new
-        choose = lambda _, n, a, b: jtu.tree_map(
-            lambda x, y: jnp.where(n > 0, x, y), a, b
-        )
-        return self.each(choose, num_steps, new, old)
+        some_left = jnp.asarray(num_steps) > 0
+        in_lanes = lambda x: some_left.reshape(-1, *[1] * (x.ndim - 1))
+        choose = lambda x, y: jnp.where(in_lanes(x), x, y)
+        return jtu.tree_map(choose, new, old)
 
     @property
     def psi(self) -> Psi:
@@ -144,8 +144,8 @@ class Walk(eqx.Module):
             extra=((step.ct.z, step.ct.y), step.ct_parameters[0]),
             unroll=False,
         )  # (B2, T2, B1, T1)
-        pair0 = self.each(Lane.unmix, mixed, step.index)  # (BC)
-        ct = self.each(Lane.pull_mix, Pair(ct_y, ct_z), pair0, step.index)  # (TC)
+        ct_mixed = Pair(ct_y, ct_z)
+        pair0, ct = self.each(Lane.unmix_and_pull, mixed, ct_mixed, step.index)
         ct_p, interval = self._pull_control(control, ct_halves, ct_p)
         ct_parameters = ct_p, step.ct_parameters[1]
         return _Undone(pair0, step.num_ts, ct, ct_parameters, interval, step.ct_ts)
@@ -213,8 +213,9 @@ class Walk(eqx.Module):
 
     def __call__(self, carry: Carry) -> Carry:
         if_active = ft.partial(self._keep_if_done, carry.num_steps)
-        index, t0, t1 = self.each(Lane.last_of, carry.num_steps)
-        at_end = self.each(Lane.pull_step_end, carry.pair, carry.num_ts, index, t1)
+        (index, t0, t1), at_end = self.each(
+            Lane.pull_last_end, carry.num_steps, carry.pair, carry.num_ts
+        )
         ct_fns, ct_t1, ct = if_active(at_end, zeros_like_inexact(at_end))
         ct = if_active(add_trees(carry.ct_pair, ct), zeros_like_inexact(ct))
         ct_increment, ct_fns_total = carry.ct_parameters

@@ -165,6 +165,13 @@ class Lane(eqx.Module):
         mix = lambda pair: self.scheme.mix_states(pair, steps)
         return jax.vjp(mix, self.scheme.decode(pair0))[1](ct_mixed)[0]
 
+    def unmix_and_pull(
+        self, mixed: Pair, ct_mixed: Pair, index: Index
+    ) -> tuple[Pair, Pair]:
+        """(BC) and (TC)."""
+        pair0 = self.unmix(mixed, index)
+        return pair0, self.pull_mix(ct_mixed, pair0, index)
+
     def restart(
         self, pair0: Pair, index: Index, scale: Scale
     ) -> tuple[Pair, list[Float[Array, ""]]]:
@@ -222,14 +229,15 @@ class Lane(eqx.Module):
         ct_fns, ct_t0, ct_pair = self._pull_saved(t0, pair, num_ts, pull)
         return ct_fns, ct_t0 + self.ct_dense.of_start(), ct_pair
 
-    def pull_step_end(
-        self, pair1: Pair, num_ts: list[Index], index: Index, t1: Time
-    ) -> tuple[list[PyTree], Array, Pair]:
-        """Pulls back what was saved at the end of a step."""
+    def pull_last_end(
+        self, num_steps: Index, pair1: Pair, num_ts: list[Index]
+    ) -> tuple[tuple[Index, Time, Time], tuple[list[PyTree], Array, Pair]]:
+        """The last of so many steps, and what was saved at its end pulled back."""
+        index, t0, t1 = self.last_of(num_steps)
         pull = lambda observation, fn, readout, j: observation.pull_step_end(
             fn, t1, readout, j, index
         )
-        return self._pull_saved(t1, pair1, num_ts, pull)
+        return (index, t0, t1), self._pull_saved(t1, pair1, num_ts, pull)
 
     def pull_inside_step(
         self,
