@@ -8,6 +8,8 @@ from helpers import BASES, Kutta3, OwnMidpoint
 
 import reversax as rvx
 
+HEAVY = pytest.mark.heavy
+
 TERM = dfx.ODETerm(lambda t, y, args: y)
 
 
@@ -34,7 +36,11 @@ def solve(field, solver, tolerance, y0, t1=4.0, **kwargs):
 
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-5])
 @pytest.mark.parametrize(
-    "name", ["Euler", "Midpoint", "own-Kutta3", "Bosh3", "Tsit5", "own-midpoint"]
+    "name",
+    [
+        *("Euler", "Tsit5", "own-midpoint"),
+        *(pytest.param(x, marks=HEAVY) for x in ("Midpoint", "own-Kutta3", "Bosh3")),
+    ],
 )
 def test_a_damped_problem_is_held_to_the_tolerance(name, tolerance):
     saveat = dfx.SaveAt(ts=jnp.linspace(1.0, 4.0, 31))
@@ -85,7 +91,7 @@ class Blind(rvx.Reversible):
         return out[0], own, *out[2:]
 
 
-@pytest.mark.parametrize("name", ["Euler", "own-midpoint"])
+@pytest.mark.parametrize("name", ["Euler", pytest.param("own-midpoint", marks=HEAVY)])
 def test_bases_without_an_error_estimate_follow_the_tolerance(name):
     """`y' = cos(t) y`, so `y = exp(sin(t))`: tighter is better."""
     solver = rvx.Reversible(BASES[name])

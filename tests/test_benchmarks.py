@@ -35,6 +35,7 @@ def assert_shows_something(figure):
     assert pixels[..., :3].std() > 0.03, "the figure is nearly blank"
 
 
+@pytest.mark.heavy
 def test_the_published_figure_is_drawn_of_the_published_results(tmp_path):
     results = sorted(RESULTS.glob("accuracy*.json"))
     run("pareto.py", tmp_path / "pareto.png", *results)

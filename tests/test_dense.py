@@ -90,7 +90,12 @@ PARAMETERS = dict(y0=Y0, args=ARGS)
     ("kwargs", "saved"),
     [
         pytest.param(STEPPING["pid"], "alone", id="pid-alone"),
-        pytest.param(BACKWARDS["constant"], "beside-others", id="backwards-beside"),
+        pytest.param(
+            BACKWARDS["constant"],
+            "beside-others",
+            id="backwards-beside",
+            marks=pytest.mark.heavy,
+        ),
         *(
             pytest.param(k, s, id=f"{name}-{s}", marks=pytest.mark.heavy)
             for name, k in STEPPING.items()

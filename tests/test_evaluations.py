@@ -1,16 +1,18 @@
 """How often the vector field is evaluated, traced and compiled."""
 
 import functools as ft
+import itertools
 
 import diffrax as dfx
 import jax
 import jax.monitoring
 import jax.numpy as jnp
 import pytest
-from helpers import TABLEAU_BASES, network_arguments, network_field
+from helpers import TABLEAU_BASES, in_cells, network_arguments, network_field
 from test_increment import STAGES_FOR_THE_SUM
 
 import reversax as rvx
+from reversax._increment import make_increment
 
 ARGS, Y0 = network_arguments(), jnp.array([[0.3, -0.2, 0.5]])
 NUM_STEPS = 20
@@ -50,7 +52,7 @@ def count_evaluations(base, adjoint, **kwargs):
     return forward, len(evaluations) - forward, int(accepted), int(rejected)
 
 
-DAILY = ("Euler", "Bosh3", "Tsit5", "own-RungeKutta4")
+DAILY = ("Euler", "Tsit5")
 
 
 @pytest.mark.parametrize(
@@ -104,13 +106,20 @@ def events_during(call):
     return [name for name in seen if "compile" in name or "trace" in name]
 
 
-@pytest.mark.parametrize("jitted", [True, False], ids=["jit", "no-jit"])
+CONTROLLERS = {
+    "constant": dfx.ConstantStepSize(),
+    "pid": dfx.PIDController(rtol=1e-4, atol=1e-4),
+}
+
+
 @pytest.mark.parametrize(
-    "controller",
-    [dfx.ConstantStepSize(), dfx.PIDController(rtol=1e-4, atol=1e-4)],
-    ids=["constant", "pid"],
+    ("controller", "called"),
+    in_cells(
+        list(itertools.product(CONTROLLERS, ("jit", "no-jit"))),
+        [("constant", "no-jit"), ("pid", "jit")],
+    ),
 )
-def test_a_second_call_with_the_same_shapes_compiles_nothing(controller, jitted):
+def test_a_second_call_with_the_same_shapes_compiles_nothing(controller, called):
     def loss(args, y0):
         return jnp.sum(
             dfx.diffeqsolve(
@@ -122,20 +131,20 @@ def test_a_second_call_with_the_same_shapes_compiles_nothing(controller, jitted)
                 y0,
                 args,
                 saveat=dfx.SaveAt(ts=jnp.array([0.3, 1.0])),
-                stepsize_controller=controller,
+                stepsize_controller=CONTROLLERS[controller],
                 adjoint=rvx.ReversibleAdjoint(),
                 max_steps=64,
             ).ys
         )
 
     gradient = jax.grad(loss)
-    if jitted:
+    if called == "jit":
         gradient = jax.jit(gradient)
     assert events_during(lambda: gradient(ARGS, Y0))  # the probe sees compilation
     again = jax.tree.map(lambda x: x * 1.01, (ARGS, Y0))
     compiled = [e for e in events_during(lambda: gradient(*again)) if "backend" in e]
     assert compiled == []
-    if jitted:
+    if called == "jit":
         assert events_during(lambda: gradient(*again)) == []
 
 
@@ -165,3 +174,58 @@ def test_the_field_is_traced_once_for_all_its_evaluations():
 
     jax.jit(jax.grad(lambda args: loss(args, rvx.ReversibleAdjoint()))).lower(ARGS)
     assert len(traced) <= 2
+
+
+def heat(size):
+    """On a ring, with a source: a stencil of three."""
+    laplacian = lambda y: jnp.roll(y, 1) - 2 * y + jnp.roll(y, -1)
+    field = lambda t, y, rate: rate * laplacian(y) + jnp.sin(y)
+    return field, jnp.sin(jnp.arange(float(size)))
+
+
+def test_stages_of_a_stencil_are_not_evaluated_anew_for_each_that_reads_them():
+    """A step of Tsit5 takes no more operations than six of its first stage alone.
+
+    Measured: 2.3 times as many as a step of Euler; 8.4 if the stages were fused. Of a
+    loop, the compiler counts one trip.
+    """
+    field, y0 = heat(512)
+
+    def operations(base):
+        def loss(rate):
+            return jnp.sum(
+                dfx.diffeqsolve(
+                    dfx.ODETerm(field),
+                    rvx.Reversible(base),
+                    0.0,
+                    1.0,
+                    0.05,
+                    y0,
+                    rate,
+                    adjoint=rvx.ReversibleAdjoint(),
+                    max_steps=64,
+                ).ys
+            )
+
+        return jax.jit(jax.grad(loss)).lower(0.3).compile().cost_analysis()["flops"]
+
+    assert operations(dfx.Tsit5()) <= 6 * operations(dfx.Euler())
+
+
+@pytest.mark.parametrize(
+    ("field", "y0", "written"),
+    [
+        pytest.param(*heat(512), True, id="a-stencil"),
+        pytest.param(*heat(16), False, id="a-small-one"),
+        pytest.param(
+            lambda t, y, rate: y * rate, heat(512)[1], False, id="elementwise"
+        ),
+        pytest.param(
+            network_field, jnp.ones((128, Y0.shape[-1])), False, id="a-network"
+        ),
+    ],
+)
+def test_the_stages_of_large_stencils_alone_are_written_to_memory(field, y0, written):
+    args = ARGS if field is network_field else 0.3
+    increment = make_increment(dfx.Tsit5(), dfx.ODETerm(field), args)
+    assert increment.close(jnp.asarray(0.0), y0).writes_stages is written

@@ -193,6 +193,7 @@ def test_dense_output_up_to_an_event():
     assert abs(slope[0] - at_end[1]) < 1e-2  # The velocity, to the interpolation.
 
 
+@pytest.mark.heavy
 def test_a_ball_bounces_twice():
     """Solves that begin where the event of the one before ended them, at a time that is
     differentiated, in the default scheme. The wind makes the field depend on time."""

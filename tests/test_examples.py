@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from matplotlib.image import imread
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -64,6 +65,7 @@ def test_japanese_vowels_checks_its_gradient_and_counts_what_it_gets_right(tmp_p
     assert_shows_something(tmp_path / "japanese_vowels_memory.png")
 
 
+@pytest.mark.heavy
 def test_continuous_flow_checks_its_gradient_and_scores_both_densities(tmp_path):
     printed = run_quickly("continuous_flow.py", tmp_path)
     assert_gradients_agree(printed, 1e-4)  # In single precision; measured 1e-6.
@@ -74,6 +76,7 @@ def test_continuous_flow_checks_its_gradient_and_scores_both_densities(tmp_path)
         assert_shows_something(tmp_path / f"flow_{figure}.png")
 
 
+@pytest.mark.heavy
 def test_power_demand_checks_its_gradient_and_scores_its_days_against_others(tmp_path):
     printed = run_quickly("power_demand.py", tmp_path)
     assert_gradients_agree(printed, 1e-4)  # In single precision; measured 2e-6.
@@ -84,6 +87,7 @@ def test_power_demand_checks_its_gradient_and_scores_its_days_against_others(tmp
     assert_shows_something(tmp_path / "power_demand_memory.png")
 
 
+@pytest.mark.heavy
 def test_many_devices_find_the_gradients_of_one_and_undo_to_the_bit(tmp_path):
     printed = run_quickly("many_devices.py", tmp_path)
     # In single precision, of sums in another order, which may come out alike.

@@ -262,6 +262,7 @@ def test_a_hessian_whose_tangents_were_lost_is_withheld():
     assert abs(second_derivative(unchecked) / exact - 1) > 1e-5, "nothing was lost"
 
 
+@pytest.mark.heavy
 def test_a_hessian_of_a_long_solve_is_the_direct_one_if_the_way_back_restarts():
     restarting = rvx.ReversibleAdjoint(restart_every=50)
     exact = second_derivative(dfx.DirectAdjoint())

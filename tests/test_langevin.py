@@ -93,7 +93,7 @@ def test_strong_order_is_that_of_the_base(base, coupling):
     ("base", "dtype"),
     in_cells(
         [(base, dtype) for base in LANGEVIN for dtype in ("float32", "float64")],
-        [("ALIGN", "float32")],
+        [],
     ),
 )
 def test_not_one_bit_of_a_langevin_solve_is_lost(base, dtype, optimised):

@@ -1,10 +1,12 @@
 """Memory does not grow with the number of steps; a record grows by two times a step."""
 
+import itertools
+
 import diffrax as dfx
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import initial_states, network_arguments, network_field
+from helpers import in_cells, initial_states, network_arguments, network_field
 
 import reversax as rvx
 
@@ -67,6 +69,7 @@ def test_a_recording_controller_keeps_two_times_a_step_and_nothing_else():
     assert many - few <= 1.02 * two_times, (few, many, two_times)
 
 
+@pytest.mark.heavy
 def test_recorded_times_that_are_differentiated_keep_their_derivatives_beside():
     def of(max_steps):
         def loss(t1):
@@ -95,8 +98,13 @@ def test_recorded_times_that_are_differentiated_keep_their_derivatives_beside():
     assert of(16_384) - of(64) <= 1.02 * six_numbers
 
 
-@pytest.mark.parametrize("controlled", ["constant", "pid"])
-@pytest.mark.parametrize("batching", ["batched", "vmap"])
+@pytest.mark.parametrize(
+    ("batching", "controlled"),
+    in_cells(
+        list(itertools.product(["batched", "vmap"], ["constant", "pid"])),
+        [("batched", "pid"), ("vmap", "constant")],
+    ),
+)
 def test_fixed_point_keeps_a_bit_per_element_and_halving_beside(batching, controlled):
     """And nothing else but the recorded times: (bits, times) are allocated once, and
     neither copied nor widened under `vmap`."""

@@ -280,6 +280,7 @@ def test_a_meter_of_the_adjoint_shows_how_far_the_way_back_is(
     assert percentages(capsys) == []
 
 
+@pytest.mark.heavy
 def test_both_ways_may_be_shown(capsys):
     adjoint = rvx.ReversibleAdjoint(progress_meter=METER)
     gradient = measured(adjoint, "one", progress_meter=METER)

@@ -142,7 +142,6 @@ DAILY = [
     ("constant", "dense", "forwards"),
     ("step-to", "every-third-step", "forwards"),
     ("pid", "ends-and-ts", "backwards"),
-    ("step-and-jump-ts", "steps", "forwards"),
 ]
 
 

@@ -33,6 +33,11 @@ from jaxtyping import Array, PyTree
 NONFINITE: Any = dfx.RESULTS.nonfinite
 
 
+def program_of(fn: Any) -> Any:
+    """The jaxpr of what `equinox.filter_closure_convert` made of a closure."""
+    return fn.jaxpr
+
+
 def clip_to_end(t0: Any, t1: Any, end: Any, just_below_end: Any, keep: Any) -> Any:
     """Where Diffrax's loop ends the step that begins at `t0`, if its controller says
     `t1`, and whether it kept the last one."""

@@ -14,6 +14,10 @@ Backward steps are the same formulas with `t1 < t0` and the control of the rever
 stages that some requested sum depends on are evaluated: without an error estimate or
 dense output Tsit5 takes 6. The stages behind (RK3) are evaluated first, by themselves.
 
+A compiler fuses unrolled stages, and evaluates what it has fused anew for each element
+that is read. Of a stencil, which reads several of `Y_i` for one of `k_i`, that adds up
+to a power of the number of stages. So there each `Y_i` is written to memory.
+
 Every other explicit solver goes through its own `step`, begun afresh each time, since a
 state carried over from the other twin would belong to another point:
 
@@ -35,7 +39,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, PyTree
 
 from ._arithmetic import State
+from ._compat import program_of
 from ._control import Control, Half, Time, controls_of, over_half
+from ._isolation import equations_of, written_out
 
 
 class Advance(NamedTuple):
@@ -180,6 +186,8 @@ class TableauIncrement(AbstractIncrement):
     vf_prod: Callable
     tableau: Tableau = eqx.field(static=True)
     keeps_stages: bool = eqx.field(static=True)
+    writes_stages: bool = eqx.field(default=False, static=True)
+    """Whether the arguments of the vector field are to be written to memory."""
 
     def _add_stages(
         self,
@@ -200,6 +208,8 @@ class TableauIncrement(AbstractIncrement):
             c = self.tableau.c[i]
             # Not t0 + 1*(t1 - t0), which may miss t1 by an ulp.
             t_i = t1 if c == 1 else (t0 if c == 0 else t0 + c * (t1 - t0))
+            if self.writes_stages and i > 0:
+                y_i = written_out(y_i, jnp.asarray(t1))
             ks[i] = self.vf_prod(t_i, y_i, half.control)  # (RK2)
             _check_like_state(ks[i], y)
 
@@ -235,7 +245,22 @@ class TableauIncrement(AbstractIncrement):
         contr = eqx.filter_closure_convert(self.contr, t, t)
         control = eqx.filter_eval_shape(self.contr, t, t)
         vf_prod = eqx.filter_closure_convert(self.vf_prod, t, y, control)
-        return TableauIncrement(contr, vf_prod, self.tableau, self.keeps_stages)
+        size = sum(x.size for x in jtu.tree_leaves(y))
+        writes_stages = size >= _LARGE and _reads_elsewhere(vf_prod)
+        return TableauIncrement(
+            contr, vf_prod, self.tableau, self.keeps_stages, writes_stages
+        )
+
+
+# From this size of a state on, writing it costs less than a little evaluated anew.
+_LARGE = 256
+_ELSEWHERE = {"concatenate", "dynamic_slice", "gather", "pad", "rev", "slice"}
+
+
+def _reads_elsewhere(fn: Callable) -> bool:
+    """Whether an element of what a closure-converted function returns may depend on
+    others of its arguments, by operations that the compiler would fuse nevertheless."""
+    return any(x.primitive.name in _ELSEWHERE for x in equations_of(program_of(fn)))
 
 
 class StepIncrement(AbstractIncrement):

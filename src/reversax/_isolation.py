@@ -17,7 +17,7 @@ to the bit. So each evaluation is made a computation of its own:
 """
 
 import functools as ft
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -115,15 +115,21 @@ def _thrifty(fn: Function) -> Function:
     return of_both
 
 
+def equations_of(jaxpr: Any) -> Iterator[Any]:
+    """The equations of a program and of those inside it."""
+    is_jaxpr = lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jtu.tree_leaves(equation.params, is_leaf=is_jaxpr):
+            if is_jaxpr(inner):
+                yield from equations_of(getattr(inner, "jaxpr", inner))
+
+
 def _has_complex(jaxpr: Any) -> bool:
     """Whether any variable is complex, in inner programs too."""
-    is_jaxpr = lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
     variables = [*jaxpr.invars, *jaxpr.constvars]
-    for equation in jaxpr.eqns:
+    for equation in equations_of(jaxpr):
         variables += equation.outvars
-        for inner in jtu.tree_leaves(equation.params, is_leaf=is_jaxpr):
-            if is_jaxpr(inner) and _has_complex(getattr(inner, "jaxpr", inner)):
-                return True
     dtypes = [getattr(v.aval, "dtype", None) for v in variables]
     return any(d is not None and jnp.issubdtype(d, jnp.complexfloating) for d in dtypes)
 
@@ -220,6 +226,12 @@ def _from_raw(raw: Array, dtype: Any) -> Array:
     if not jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return raw
     return jax.random.wrap_key_data(raw, impl=jax.random.key_impl(dtype))
+
+
+def written_out(tree: PyTree[Array], run_time: Array) -> PyTree[Array]:
+    """`tree`, written to memory: what reads it is not fused with what computes it."""
+    nan = lambda tree: jtu.tree_map(lambda x: jnp.full_like(x, jnp.nan), tree)
+    return lax.cond(run_time_true(run_time), lambda tree: tree, nan, tree)
 
 
 def isolated_product(a: Array, b: Array) -> Array:
