@@ -27,6 +27,8 @@ from programs import (
     solve,
 )
 
+import reversax as rvx
+
 
 def test_parameters_that_the_field_and_the_saved_function_close_over():
     def loss(adjoint, p):
@@ -249,6 +251,22 @@ def test_fields_with_control_flow_and_rules_of_their_own():
 
     loss = lambda adjoint, p: jnp.sum(solve(adjoint, *p, field).ys)
     agree(loss, (Y0, jnp.array([0.5, 1.5])))
+
+
+@pytest.mark.parametrize("batching", ["batched", "vmap"])
+def test_a_stencil_whose_stages_are_written_to_memory(batching):
+    """In the default scheme, in which a single bit that differs raises."""
+    solver = rvx.Reversible(dfx.Bosh3())
+
+    def field(t, y, rate):
+        return rate * (jnp.roll(y, 1) - 2 * y + jnp.roll(y, -1)) + jnp.sin(y)
+
+    def loss(adjoint, p):
+        of_one = lambda y0: solve(adjoint, y0, p[1], field, solver=solver).ys
+        return jnp.sum((jax.vmap(of_one) if batching == "vmap" else of_one)(p[0]) ** 2)
+
+    y0 = jnp.sin(jnp.arange(1024.0)).reshape(2, 512)
+    agree(loss, (y0, jnp.array(0.3)), 1e-12, solver.arithmetic)
 
 
 class Geometric(dfx.AbstractStepSizeController):
