@@ -57,7 +57,8 @@ DEFAULT = ("Kepler", "neural ODE, width 64", "reaction-diffusion", "SDE")
 QUICK = ("van der Pol",)
 LIMIT = 20_000  # Steps to be tried.
 PEER_LIMIT = 5_000
-PATIENCE = 2.0  # Seconds for one gradient, after which to search no further.
+PATIENCE = 2.0  # Seconds for one gradient, after which to search no further;
+LONGEST = 60.0  # in all, as long as what is found is wrong by more than itself.
 TRIES = 3  # Finer resolutions, where the first misses in the precision that is timed.
 SECONDS = 2.0  # Of repeats of one method.
 REFERENCE = Method("", "Dopri8", "", CHECKPOINTED, adaptive=True)
@@ -152,6 +153,7 @@ def search(
     """The coarsest resolution for each target that can be met."""
     found: dict[float, Found] = {}
     missing, previous = sorted(targets, reverse=True), None
+    begun = time.perf_counter()
     for resolution in grid:
         start = time.perf_counter()
         ct, steps = gradient(resolution)
@@ -161,7 +163,10 @@ def search(
                 found[target] = previous
                 missing.remove(target)
         previous = this
-        if not missing or time.perf_counter() - start > PATIENCE:
+        # A solution that explodes, at a loose tolerance, takes longer than finer ones.
+        sound, now = this.error < 1, time.perf_counter()
+        too_long = now - start > PATIENCE if sound else now - begun > LONGEST
+        if not missing or too_long:
             break
     return found
 

@@ -213,6 +213,7 @@ def test_what_fails_is_a_row_that_says_why():
     assert all(x.gradient_error is None for x in (published, refused, too_many))
 
 
+@pytest.mark.heavy
 def test_a_batch_is_solved_element_by_element():
     """Each with adaptive steps of its own, and so with as few as it takes."""
     y0 = jnp.array([[1e-6, 0.0], [1.0, 2.0], [300.0, 100.0]])

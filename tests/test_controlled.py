@@ -289,6 +289,7 @@ def test_gradient_of_10_000_observations_is_the_direct_one(optimised):
         assert relative_difference(got, want) <= 1e-11, part
 
 
+@pytest.mark.heavy
 def test_memory_of_10_000_observations_is_theirs_and_a_shed_bit(optimised):
     """For each step a quarter of a bit of each element of the state, and twice an
     observation: itself, and its cotangent."""

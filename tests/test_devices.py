@@ -78,7 +78,10 @@ STATES = ["state-fixed-point", "state-published", "state-adaptive"]
 
 @pytest.mark.parametrize(
     "cases",
-    [["batch-shard_map"], ["state-fixed-point"]],
+    [
+        pytest.param(["batch-vmap", "batch-shard_map"], marks=pytest.mark.heavy),
+        ["state-fixed-point"],
+    ],
     ids=["batch", "state"],
 )
 def test_eight_devices_find_the_gradient_of_one_in_an_eighth_of_its_memory(cases):

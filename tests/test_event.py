@@ -161,7 +161,7 @@ def test_lanes_with_an_event_without_one_and_with_one_at_the_start():
     ids=["newton", "none"],
 )
 @pytest.mark.parametrize(
-    "steps", [4, *(pytest.param(n, marks=pytest.mark.heavy) for n in (0, 1, 3))]
+    "steps", [pytest.param(n, marks=pytest.mark.heavy) for n in (4, 0, 1, 3)]
 )
 def test_what_would_be_saved_after_the_event_is_not(steps, root_finder):
     """The event is in the ninth step, which `steps=3` and `steps=1` save."""

@@ -48,6 +48,7 @@ def test_lynx_hare_runs_checks_its_gradient_and_draws_both_figures(tmp_path):
     assert_shows_something(tmp_path / "lynx_hare_memory.png")
 
 
+@pytest.mark.heavy
 def test_reaction_diffusion_undoes_a_damped_equation_to_the_bit(tmp_path):
     printed = run_quickly("reaction_diffusion.py", tmp_path)
     assert_gradients_agree(printed, 1e-5)  # In single precision; measured 4e-7.
@@ -57,6 +58,7 @@ def test_reaction_diffusion_undoes_a_damped_equation_to_the_bit(tmp_path):
     assert_shows_something(tmp_path / "reaction_diffusion_memory.png")
 
 
+@pytest.mark.heavy
 def test_japanese_vowels_checks_its_gradient_and_counts_what_it_gets_right(tmp_path):
     printed = run_quickly("japanese_vowels.py", tmp_path)
     assert_gradients_agree(printed, 1e-5)  # In single precision; measured 6e-7.

@@ -222,6 +222,7 @@ def test_controlled_equations(controlled):
     agree(loss, (ARGS, jnp.sin(jnp.arange(12.0)).reshape(6, 2)))
 
 
+@pytest.mark.heavy
 def test_a_stratonovich_equation_on_a_fixed_path():
     path = dfx.VirtualBrownianTree(0.0, 1.0, 1e-3, (3,), jax.random.key(5))
     noise = dfx.ControlTerm(lambda t, y, args: jnp.diag(jnp.cos(y) * args[1][0]), path)
@@ -253,7 +254,9 @@ def test_fields_with_control_flow_and_rules_of_their_own():
     agree(loss, (Y0, jnp.array([0.5, 1.5])))
 
 
-@pytest.mark.parametrize("batching", ["batched", "vmap"])
+@pytest.mark.parametrize(
+    "batching", ["batched", pytest.param("vmap", marks=pytest.mark.heavy)]
+)
 def test_a_stencil_whose_stages_are_written_to_memory(batching):
     """In the default scheme, in which a single bit that differs raises."""
     solver = rvx.Reversible(dfx.Bosh3())

@@ -121,6 +121,7 @@ def test_lanes_that_are_done_stay_where_the_field_is_defined(controlled):
     agree(total, jnp.array([2.0, 3.0]), bound=1e-12)
 
 
+@pytest.mark.heavy
 def test_lanes_that_end_at_different_times():
     ends = jnp.array([0.05, 0.4, 1.0])
     total = lambda adjoint, p: jnp.sum(

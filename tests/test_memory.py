@@ -50,6 +50,7 @@ def test_memory_is_the_same_for_few_constant_steps_and_many(batching, counts):
     assert all(abs(many - few) <= 0.02 * few for many in more), (few, more)
 
 
+@pytest.mark.heavy
 def test_memory_is_the_same_for_many_saved_times_but_for_their_cotangents():
     ts = jnp.linspace(0, 1, 5)
     few, many = (

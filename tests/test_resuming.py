@@ -47,13 +47,9 @@ PARTS = {
 @pytest.mark.parametrize(
     ("parts", "scheme"),
     [
-        ("step-to", "fixed-point"),
-        *(
-            pytest.param(parts, scheme, marks=pytest.mark.heavy)
-            for parts in PARTS
-            for scheme in SCHEMES
-            if (parts, scheme) != ("step-to", "fixed-point")
-        ),
+        pytest.param(parts, scheme, marks=pytest.mark.heavy)
+        for parts in PARTS
+        for scheme in SCHEMES
     ],
 )
 def test_a_solve_in_two_parts_is_that_in_one(parts, scheme):

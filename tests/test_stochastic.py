@@ -89,7 +89,6 @@ GRADIENTS = [
     ("Euler", "symmetric", "lanes"),
 ]
 DAILY = [
-    ("Euler", "symmetric", "lanes"),
     ("Heun", "symmetric", "adaptive"),
 ]
 
