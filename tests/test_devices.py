@@ -64,7 +64,11 @@ def check(found):
 
 def check_thoroughly(found):
     # The shed bits and recorded times of a device's part, and nothing else.
-    assert abs(found["growth"] - found["recorded"]) <= 0.02 * found["bytes_on_each"]
+    # (In some cases a buffer as large as the part, 4,096 bytes in double precision, is
+    # shared by another at 32 steps only; at 4,096 and at 16,384 it is the same one.)
+    of_part = 8 * found["state_size"] / 8
+    slack = max(0.02 * found["bytes_on_each"], of_part)
+    assert abs(found["growth"] - found["recorded"]) <= slack
     if "published" in found["case"]:
         # Round-off of 32 steps, beside a state of size one.
         assert 0 < found["round_trip"] < 1e-13

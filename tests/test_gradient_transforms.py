@@ -280,3 +280,13 @@ def test_hessian_by_forward_over_reverse_of_adaptive_steps():
         return jax.hessian(loss)(ARGS)
 
     assert relative_difference(hessian(OURS), hessian(dfx.DirectAdjoint())) <= 1e-13
+
+
+def test_a_batch_without_jit_has_the_gradient_of_one_with_it():
+    def loss(args):
+        of_one = lambda y0: solve(OURS, y0, args, max_steps=4, dt0=0.25).ys
+        return jnp.sum(jax.vmap(of_one)(Y0) ** 2)
+
+    with jax.disable_jit():
+        found = jax.grad(loss)(ARGS)
+    assert relative_difference(found, jax.grad(loss)(ARGS)) <= 1e-13

@@ -117,3 +117,22 @@ def test_a_number_of_steps_that_is_none_is_refused(value):
 def test_keeping_pairs_of_an_unbounded_number_of_steps_is_refused():
     with pytest.raises(ValueError, match=r"max_steps=None.*restart_every=16"):
         loss(rvx.ReversibleAdjoint(restart_every=16), ARGS, max_steps=None)
+
+
+def test_a_solve_of_fewer_steps_than_there_are_to_a_restart_keeps_no_pair():
+    def gradient(adjoint):
+        def loss(y0):
+            return jnp.sum(
+                dfx.diffeqsolve(
+                    dfx.ODETerm(lambda t, y, args: jnp.sin(y)),
+                    rvx.Reversible(dfx.Heun(), rvx.McCallumFoster()),
+                    *(0.0, 1.0, 0.1, y0),
+                    adjoint=adjoint,
+                    max_steps=16,
+                ).ys
+            )
+
+        return jax.grad(loss)(jnp.array([0.3, 1.0]))
+
+    seldom = gradient(rvx.ReversibleAdjoint(restart_every=100))
+    assert jnp.array_equal(seldom, gradient(rvx.ReversibleAdjoint(restart_every=None)))

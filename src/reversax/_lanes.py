@@ -114,7 +114,10 @@ def _batch(axis, flat, dims, *, call):
     to_front = lambda x, d: x if d is None else jnp.moveaxis(x, d, 0)
     flat = [to_front(x, d) for x, d in zip(flat, dims, strict=True)]
     dims = [None if d is None else 0 for d in dims]
-    out = _call_p.bind(*flat, call=call.in_lanes(dims, axis.size, axis.name))
+    lanes = call.in_lanes(dims, axis.size, axis.name)
+    out = _call_p.bind(*flat, call=lanes)
+    if call.unflatten is None:  # Nothing was traced before, under `jax.disable_jit`.
+        call.unflatten = lanes.unflatten
     return out, [0] * len(out)
 
 

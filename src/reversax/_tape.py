@@ -164,7 +164,8 @@ class Plan(eqx.Module):
         if self.restart_every is not None:
             assert self.max_steps is not None
             num = self.max_steps // self.restart_every
-            pairs = jtu.tree_map(lambda x: rows(num, x, x.dtype), pair0)
+            if num > 0:
+                pairs = jtu.tree_map(lambda x: rows(num, x, x.dtype), pair0)
         return Record(times, bits, pairs)
 
 
