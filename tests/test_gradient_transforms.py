@@ -232,6 +232,24 @@ def test_the_hessian_by_forward_over_reverse_is_the_direct_one(saves, scheme):
     assert relative_difference(of(OURS), of(dfx.DirectAdjoint())) <= 1e-12
 
 
+@pytest.mark.parametrize("scheme", ["fixed-point", "published"])
+def test_the_hessian_of_a_batch_is_the_direct_one(scheme):
+    """Of lanes that share the times of their steps, and so the control."""
+    solver = BY_SCHEME[scheme]
+    field = lambda t, y, a: jnp.sin(a * y) * jnp.cos(t)
+
+    def of(adjoint):
+        def loss(a):
+            kwargs = dict(solver=solver, dt0=0.25, max_steps=4)
+            of_one = lambda y0: solve(adjoint, y0, a, field, **kwargs).ys
+            return jnp.sum(jax.vmap(of_one)(Y0) ** 2)
+
+        hessian = jax.jit(jax.hessian(loss), **quick(adjoint, solver.arithmetic))
+        return hessian(jnp.array(1.1))
+
+    assert relative_difference(of(OURS), of(dfx.DirectAdjoint())) <= 1e-12
+
+
 def test_lanes_whose_controller_counts_the_steps_that_it_rejected():
     """Its first count is a constant of the program that `vmap` is applied to."""
     clip = dfx.ClipStepSizeController(PID, store_rejected_steps=16)

@@ -26,6 +26,7 @@ from ._guard import detached, forward_only, reverse_only
 from ._lanes import Axes, batch_aware
 from ._observe import add_trees
 from ._one_lane import Lane, Outputs, make_lane, sum_over_lanes
+from ._psi import Lanes
 from ._setup import CALL, Setup, set_up
 from ._tape import Record
 
@@ -78,11 +79,14 @@ def _run(parts, setup: Setup, perturbed: PyTree[bool], axes: Axes | None) -> For
     axes_increment = None
     if perturbed is not None:
         axes_increment = eqx.partition(axes.in_axes[0][1], perturbed[1])
-    in_lane = ft.partial(
-        solve, perturbed=perturbed, axes=axes_increment, axis_name=axes.name
-    )
-    vmapped = eqx.filter_vmap(in_lane, in_axes=axes.in_axes, axis_name=axes.name)
-    return vmapped(parts, setup)
+
+    def in_lane(parts, setup, lane):
+        lanes = Lanes(axes_increment, axes.name, lane)
+        return solve(parts, setup, perturbed=perturbed, lanes=lanes)
+
+    in_axes = (*axes.in_axes, 0)
+    vmapped = eqx.filter_vmap(in_lane, in_axes=in_axes, axis_name=axes.name)
+    return vmapped(parts, setup, jnp.arange(axes.size))
 
 
 @eqx.filter_custom_vjp

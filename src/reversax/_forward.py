@@ -1,7 +1,7 @@
 """The forward pass, through Diffrax's own loop."""
 
 import functools as ft
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import diffrax as dfx
@@ -14,7 +14,7 @@ from ._coupling import Pair
 from ._event import reading_out
 from ._increment import AbstractIncrement
 from ._pair import Scheme
-from ._psi import Psi
+from ._psi import Lanes, Psi
 from ._setup import CALL, Setup, saveat_with
 from ._solver import ClosedSolver, Interpolated, TwinState, is_finite
 from ._tape import (
@@ -42,13 +42,12 @@ def run(
     setup: Setup,
     *,
     perturbed: Any,
-    axes: tuple | None = None,
-    axis_name: Hashable = None,
+    lanes: Lanes | None = None,
 ) -> Forward:
     """Solves forward in Diffrax's loop.
 
-    `perturbed` says what of the `parts` will be differentiated, and `axes` what of the
-    increment has an axis of lanes, both so that the two passes evaluate it alike. If
+    `perturbed` says what of the `parts` will be differentiated, and `lanes` of which
+    lanes this is one, both so that the two passes evaluate the increment alike. If
     `perturbed` is `None` there is no other pass.
     """
     pair0, increment, fns, clock = parts
@@ -57,7 +56,9 @@ def run(
     _, differentiated, _, varied = [False] * 4 if perturbed is None else perturbed
     diff, nondiff = eqx.partition(increment, differentiated if isolated else False)
     times = isolated and any_of(varied)
-    psi = Psi(diff, nondiff, axes, axis_name, isolated, setup.error, setup.dense, times)
+    in_lanes = Lanes(None, None, None) if lanes is None else lanes
+    options = isolated, setup.error, setup.dense, times
+    psi = Psi(diff, nondiff, in_lanes.axes, in_lanes.axis_name, *options, in_lanes.lane)
     solver = ClosedSolver(scheme, psi, setup.base_interpolation_cls, setup.error_order)
     fns = [_save_with(fn, scheme) for fn in fns]
     saveat = saveat_with(setup.saveat, fns, clock.ts)

@@ -29,6 +29,8 @@ class Axes(NamedTuple):
     in_axes: tuple[PyTree[int | None], ...]
     """For each argument a tree of 0, for a leaf with a leading axis of lanes, and
     `None`, for one that all lanes share."""
+    size: int
+    """How many lanes there are."""
     name: Hashable
     """The name of the axis, for collectives."""
 
@@ -52,7 +54,7 @@ class _Call:
 
     def in_lanes(self, dims: Sequence[int | None], size: int, name: Hashable):
         """The same call of `size` lanes at once; `dims` are axes of its arguments."""
-        axes = Axes(self.treedef.unflatten(dims), name)
+        axes = Axes(self.treedef.unflatten(dims), size, name)
         call = _Call(self.fn, self.treedef, self.rest, axes)
         if self.abstract is not None:
             # Known without tracing another time: those of one lane, in each.

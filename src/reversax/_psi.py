@@ -8,14 +8,14 @@ are evaluated for all lanes at once in both.
 """
 
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.custom_batching
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from ._arithmetic import State
 from ._control import Control, Half, Time
@@ -26,6 +26,16 @@ Axes = PyTree[int | None]
 
 _MAPPED: Any = eqx.if_array(0)
 _HALF_MAPPED: Any = Half(_MAPPED, _MAPPED, None, _MAPPED)  # One sign for all lanes.
+
+
+class Lanes(NamedTuple):
+    """The lanes of a batch that is evaluated together, as one of them sees them."""
+
+    axes: tuple[Axes, Axes] | None
+    """As those of [`Psi`][]."""
+    axis_name: Hashable
+    lane: Int[Array, ""] | None
+    """Which one this is: what depends on it is surely batched."""
 
 
 class Psi(eqx.Module):
@@ -45,6 +55,8 @@ class Psi(eqx.Module):
     """Whether both passes need dense output."""
     times: bool = eqx.field(static=True)
     """Whether the times of the steps are differentiated too."""
+    lane: Int[Array, ""] | None = None
+    """In the forward pass of one lane of a batch, which."""
 
     # The forward pass of one lane.
 
@@ -190,15 +202,17 @@ class Psi(eqx.Module):
             noted.append(others)
             return arrays
 
-        of_lane = jax.custom_batching.custom_vmap(lambda *flat: run(None, flat))
+        of_lane = jax.custom_batching.custom_vmap(lambda _, *flat: run(None, flat))
 
+        # With the lane among its arguments, so that lanes that share all the others (a
+        # control, at times of all) are not left for the next axis to be taken for them.
         @of_lane.def_vmap
-        def of_all_lanes(size, batched, *flat):
-            leaves = zip(flat, flat_axes, batched, strict=True)
+        def of_all_lanes(size, batched, _, *flat):
+            leaves = zip(flat, flat_axes, batched[1:], strict=True)
             arrays = run(self.axes, [_in_each(size, *x) for x in leaves])
             return arrays, jtu.tree_map(lambda _: True, arrays)
 
-        return eqx.combine(of_lane(*flat), noted[-1])
+        return eqx.combine(of_lane(self.lane, *flat), noted[-1])
 
 
 def _axes_of(x: PyTree[Array]) -> Axes:
