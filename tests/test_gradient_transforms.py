@@ -32,7 +32,9 @@ import reversax as rvx
 BACKWARDS = {
     "ts": dfx.SubSaveAt(ts=jnp.array([1.0, 0.71, 0.7, 0.31, 0.0])),
     "steps": dfx.SubSaveAt(steps=True, t0=True),
-    "ends-with-fn": dfx.SubSaveAt(t0=True, t1=True, fn=lambda t, y, args: y * t),
+    "ends-with-fn-and-constant": dfx.SubSaveAt(
+        t0=True, t1=True, fn=lambda t, y, args: (y * t, jnp.asarray(2.0))
+    ),
 }
 
 

@@ -14,7 +14,7 @@ from ._coupling import Pair
 from ._event import reading_out
 from ._increment import AbstractIncrement
 from ._pair import Scheme
-from ._psi import Lanes, Psi
+from ._psi import NO_LANES, Lanes, Psi
 from ._setup import CALL, Setup, saveat_with
 from ._solver import ClosedSolver, Interpolated, TwinState, is_finite
 from ._tape import (
@@ -42,7 +42,7 @@ def run(
     setup: Setup,
     *,
     perturbed: Any,
-    lanes: Lanes | None = None,
+    lanes: Lanes = NO_LANES,
 ) -> Forward:
     """Solves forward in Diffrax's loop.
 
@@ -56,9 +56,8 @@ def run(
     _, differentiated, _, varied = [False] * 4 if perturbed is None else perturbed
     diff, nondiff = eqx.partition(increment, differentiated if isolated else False)
     times = isolated and any_of(varied)
-    in_lanes = Lanes(None, None, None) if lanes is None else lanes
     options = isolated, setup.error, setup.dense, times
-    psi = Psi(diff, nondiff, in_lanes.axes, in_lanes.axis_name, *options, in_lanes.lane)
+    psi = Psi(diff, nondiff, lanes.axes, lanes.axis_name, *options, lanes.lane)
     solver = ClosedSolver(scheme, psi, setup.base_interpolation_cls, setup.error_order)
     fns = [_save_with(fn, scheme) for fn in fns]
     saveat = saveat_with(setup.saveat, fns, clock.ts)

@@ -71,8 +71,13 @@ class Observation(eqx.Module):
         """Pulls back the outputs in a row, or the sum of several: `t`, `fn(t, y)`."""
         sum_rows = lambda x: x[row].sum(axis=0) if isinstance(row, slice) else x[row]
         ct_ys, ct_ts = jtu.tree_map(sum_rows, (self.ct_ys, self.ct_ts))
-        primals = fn, jnp.asarray(t), y
-        _, pull = eqx.filter_vjp(lambda p: inexact(p[0](p[1], p[2])), primals)
+
+        def output(primals):
+            fn, t, y = primals
+            # A scalar constant comes as a literal of the program, which is no array.
+            return inexact(jtu.tree_map(jnp.asarray, fn(t, y)))
+
+        _, pull = eqx.filter_vjp(output, (fn, jnp.asarray(t), y))
         ct_fn, ct_t, ct_y = inexact(pull(ct_ys)[0])
         return Pulled(ct_fn, ct_t if ct_ts is None else ct_t + ct_ts, ct_y)
 

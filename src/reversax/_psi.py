@@ -31,11 +31,14 @@ _HALF_MAPPED: Any = Half(_MAPPED, _MAPPED, None, _MAPPED)  # One sign for all la
 class Lanes(NamedTuple):
     """The lanes of a batch that is evaluated together, as one of them sees them."""
 
-    axes: tuple[Axes, Axes] | None
-    """As those of [`Psi`][]."""
-    axis_name: Hashable
-    lane: Int[Array, ""] | None
+    axes: tuple[Axes, Axes] | None = None
+    """As those of [`Psi`][]; `None` without lanes."""
+    axis_name: Hashable = None
+    lane: Int[Array, ""] | None = None
     """Which one this is: what depends on it is surely batched."""
+
+
+NO_LANES = Lanes()
 
 
 class Psi(eqx.Module):
