@@ -31,7 +31,6 @@ import equinox as eqx
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
-import numpy as np
 from measuring import (
     begin,
     compile_program,
@@ -39,6 +38,7 @@ from measuring import (
     parser_of,
     write_json,
 )
+from methods import scan
 from rich.progress import Progress
 from rich.table import Table
 
@@ -144,28 +144,11 @@ def diffrax_solve(setting: Setting, contestant: str) -> Callable:
 
 
 def scan_solve(setting: Setting) -> Callable:
-    dt = 1 / setting.steps
-    tableau = diffrax.Tsit5.tableau
-    b = np.trim_zeros(tableau.b_sol, "b")  # The seventh stage is for the error alone.
-    a = [np.zeros(0), *tableau.a_lower][: len(b)]
-    c = [0.0, *tableau.c][: len(b)]
-
-    def combine(weights, ks):
-        return dt * sum(float(w) * k for w, k in zip(weights, ks, strict=True))
+    dt, steps = 1 / setting.steps, setting.steps
 
     def solve(field, y0, mlp):
-        # Inside a scan nothing can be merged with the forward pass, so there is no
-        # need to pay for preventing it.
-        @ft.partial(jax.checkpoint, prevent_cse=False)
-        def step(y, i):
-            ks = []
-            for a_i, c_i in zip(a, c, strict=True):
-                y_i = y + combine(a_i, ks) if ks else y
-                ks.append(field((i + float(c_i)) * dt, y_i, mlp))
-            return y + combine(b, ks), None
-
-        y1, _ = jax.lax.scan(step, y0, jnp.arange(setting.steps))
-        return y1, jnp.array(setting.steps)
+        y1 = scan(field, diffrax.Tsit5(), steps, rematerialised=True)(mlp, y0, dt)
+        return y1, jnp.array(steps)
 
     return solve
 

@@ -189,10 +189,10 @@ def diffrax_solve(
     return solve
 
 
-def scan_solve(problem: Problem, method: Method, steps: int) -> Callable:
-    """`solve(parameters, y0, dt) -> (y1, steps)`."""
-    field = make_field(problem)
-    tableau = SOLVERS[method.solver].tableau
+def scan(field: Callable, solver: Any, steps: int, rematerialised: bool) -> Callable:
+    """`solve(parameters, y0, dt) -> y1` by an explicit solver of Diffrax, its stages
+    unrolled in a `jax.lax.scan` over the steps."""
+    tableau = solver.tableau
     b = np.trim_zeros(tableau.b_sol, "b")  # A last stage may be for the error alone.
     a = [np.zeros(0), *tableau.a_lower][: len(b)]
     c = [0.0, *tableau.c][: len(b)]
@@ -208,14 +208,20 @@ def scan_solve(problem: Problem, method: Method, steps: int) -> Callable:
                 ks.append(field((i + float(c_i)) * dt, y_i, parameters))
             return y + dt * combine(b, ks), None
 
-        if method.how == "rematerialised":
+        if rematerialised:
             # Within a scan nothing can be merged with the forward pass, so there is no
             # need to pay for preventing it.
             step = jax.checkpoint(step, prevent_cse=False)
-        y1, _ = jax.lax.scan(step, y0, jnp.arange(steps))
-        return y1, jnp.array(steps)
+        return jax.lax.scan(step, y0, jnp.arange(steps))[0]
 
     return solve
+
+
+def scan_solve(problem: Problem, method: Method, steps: int) -> Callable:
+    """`solve(parameters, y0, dt) -> (y1, steps)`."""
+    solver, rematerialised = SOLVERS[method.solver], method.how == "rematerialised"
+    solve = scan(make_field(problem), solver, steps, rematerialised)
+    return lambda parameters, y0, dt: (solve(parameters, y0, dt), jnp.array(steps))
 
 
 def make_solve(problem: Problem, method: Method, max_steps: int, **kwargs) -> Callable:
