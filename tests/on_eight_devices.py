@@ -132,7 +132,8 @@ def batch(solver, controller=CONSTANT, **how):
 def state(solver, controller=CONSTANT):
     args = jnp.array([0.16, 0.08, 0.04, 0.06])
     y0 = jax.random.uniform(jax.random.key(0), (2, GRID, GRID)) / 2
-    spec = P(None, "devices")
+    # Along the last axis: what makes a vector of an array then gathers it.
+    spec = P(None, None, "devices")
     return Case(reaction_diffusion, args, y0, spec, 4.0, solver, controller)
 
 
@@ -140,7 +141,8 @@ CASES = {
     "batch-vmap": lambda: batch(FIXED, vmap=True),
     "batch-in-field": lambda: batch(FIXED),
     "batch-shard_map": lambda: batch(FIXED, vmap=True, manual=True),
-    "state-fixed-point": lambda: state(FIXED),
+    # Two stages, since what is evaluated in one leaves nothing to be kept for later.
+    "state-fixed-point": lambda: state(rvx.Reversible(dfx.Heun())),
     "state-published": lambda: state(PUBLISHED),
     "state-adaptive": lambda: state(FIXED, PID),
     "batch-vmap-adaptive": lambda: batch(FIXED, PID, vmap=True),
