@@ -135,8 +135,8 @@ def states_kept(name: str, steps: int, checkpoints: int | None = None) -> float:
     """In states of doubles: what of the path is in memory in the backward pass."""
     if name == PUBLISHED:
         return 2.0
-    if name == DEFAULT:  # Two twins of two words, and a bit at every fourth step.
-        return 4 + steps / reversax.Symmetric().halve_every / BITS_OF_DOUBLE
+    if name == DEFAULT:  # Two twins of two words, and the bits that were shed.
+        return 4 + max(256, steps / 4) / BITS_OF_DOUBLE
     return float(checkpoints or default_checkpoints(steps))
 
 

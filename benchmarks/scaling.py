@@ -2,7 +2,7 @@
 
 - `length`: the time and the temporary bytes of a gradient, per step, of a small system
   from a hundred to a million steps. Both should hardly grow: what does, a bit of each
-  element of the state at every fourth step, is what the default scheme keeps.
+  element of the state at every fourth step beyond 1,024, is what the default keeps.
 - `size`: the same for a chain of pendulums, from 2 numbers to 65,536, in 200 steps.
 - `batch`: the same for a network of width 32 and a batch of 1 to 4,096 states, either
   "batched" inside the field or by a "vmap" of the solve, in 100 steps.

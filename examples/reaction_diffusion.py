@@ -17,14 +17,15 @@ half a megabyte, so storing each of them takes gigabytes; checkpointing and
 only compiled, not run.
 
 **Is it stable?** Diffusion damps, and the symmetric coupling is stable only where the
-step times the fastest damping is below `ln(2)/halve_every`, by default 0.173. Waves of
-two points' length are damped fastest: at the rate `16/3 D/dx²` by nine points (and `8
-D/dx²` by the usual five, for which `h * 8 D_u/dx²` would be 0.160 at our `h = 1/8`, too
-near). Here `h * 16/3 D_u/dx²` is 0.107. The reaction adds to it most where v peaks: by
-an estimate with frozen coefficients, to 0.147 along this solution, and to 0.163 with
-the largest D_u and D_v that the search may try (it keeps each coefficient within a
-factor of 1.6 of its guess). The published coupling has 0.001 instead, and fails; the
-script shows it.
+step times the fastest damping is below `ln(2)` times the halvings of a step: by default
+one in each of 256 steps, for 0.69, and a quarter of one from 1,024 steps on, for 0.173.
+Waves of two points' length are damped fastest: at the rate `16/3 D/dx²` by nine points
+(and `8 D/dx²` by the usual five, for which `h * 8 D_u/dx²` would be 0.160 at our `h =
+1/8`, too near for the 4,096 steps). Here `h * 16/3 D_u/dx²` is 0.107. The reaction
+adds to it most where v peaks: by an estimate with frozen coefficients, to 0.147 along
+this solution, and to 0.163 with the largest D_u and D_v that the search may try (it
+keeps each coefficient within a factor of 1.6 of its guess). The published coupling has
+0.001 instead, and fails; the script shows it.
 
 **Is it worth it?** The table has the errors of the solvers beside the gradients' time
 and memory. Reversible Euler is of second order and has the cost and the error of Heun's

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 import reversax as rvx
+from reversax._halvings import AbstractSchedule
+from reversax._setup import _schedule
 
 
 class RungeKutta4(dfx.AbstractERK):
@@ -124,6 +126,33 @@ def nonuniform(t0, t1, num, dtype=None):
 
 def ids(names):
     return dict(argnames="name", argvalues=list(names))
+
+
+class Scheduled(rvx.Symmetric):
+    """Whose halvings are already known."""
+
+    chosen: AbstractSchedule | None = None
+
+    def schedule(self, start, chosen):
+        return self.chosen
+
+
+class SameScheme(dfx.AbstractAdjoint):
+    """An adjoint of Diffrax's, which is told how many halvings `ReversibleAdjoint`
+    makes at each step, where that follows from the solve: the oracle of its scheme."""
+
+    adjoint: dfx.AbstractAdjoint
+
+    def loop(self, *, solver, stepsize_controller, init_state, t0, t1, **problem):
+        known = dict(stepsize_controller=stepsize_controller, init_state=init_state)
+        coupling = solver.coupling
+        if getattr(coupling, "halvings_per_step", None) == "auto":
+            state = init_state.controller_state
+            schedule, _ = _schedule(stepsize_controller, state, 0, solver, t0, t1)
+            coupling = Scheduled("auto", schedule)
+            solver = rvx.Reversible(solver.solver, coupling, solver.arithmetic)
+        known.update(solver=solver, t0=t0, t1=t1)
+        return self.adjoint.loop(**known, **problem)
 
 
 def in_cells(cells, daily):

@@ -120,7 +120,10 @@ class Case(NamedTuple):
         of_times = 16 * max_steps * lanes if self.controller is PID else 0
         if not self.solver.arithmetic.exact:
             return of_times
-        words = -(-(max_steps // 4 + 1) // 32)
+        bits = max(256, max_steps // 4)
+        if self.controller is PID:
+            bits = min(4 * max_steps, 320 + max_steps // 4 + 1)
+        words = -(-bits // 32)
         return of_times + 4 * words * self.y0.size // NUM_DEVICES
 
 

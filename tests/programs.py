@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers import (
+    SameScheme,
     flat,
     initial_states,
     network_arguments,
@@ -18,7 +19,7 @@ import reversax as rvx
 
 # (Of Diffrax's two ways to differentiate a solve directly the one that compiles in
 # half the time; `test_gradient.py` and `test_properties.py` take the other.)
-OURS, DIRECT = rvx.ReversibleAdjoint(), dfx.DirectAdjoint()
+OURS, DIRECT = rvx.ReversibleAdjoint(), SameScheme(dfx.DirectAdjoint())
 SOLVER = rvx.Reversible(dfx.Heun(), *helpers.SCHEMES[helpers.FEATURES_IN])
 ARGS, Y0 = network_arguments(), initial_states()
 PID = dfx.PIDController(rtol=1e-3, atol=1e-3)

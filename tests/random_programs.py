@@ -148,7 +148,8 @@ class Program(eqx.Module):
             return 1.0
         if isinstance(coupling, rvx.McCallumFoster):
             return coupling.coupling_parameter**-num_steps
-        return 2.0 ** math.ceil(num_steps / coupling.halve_every)
+        number = coupling.halvings_per_step
+        return 2.0 ** math.ceil(num_steps * (4 if number == "auto" else number))
 
 
 # The state. (An empty tuple in it is more than Diffrax takes.)
@@ -180,7 +181,9 @@ CHEAP = ["Heun", "Euler", "Midpoint", "Bosh3", "own-midpoint"]
 bases = st.sampled_from([*CHEAP, *CHEAP, *(x for x in BASES if x not in CHEAP)]).map(
     BASES.__getitem__
 )
-symmetric = st.builds(rvx.Symmetric, halve_every=st.integers(1, 5))
+symmetric = st.builds(
+    rvx.Symmetric, st.sampled_from(["auto", 1, 2, 3, 4, 7, 1 / 2, 1 / 3, 1 / 4, 1 / 5])
+)
 published = st.builds(rvx.McCallumFoster, st.floats(0.9, 1.0))
 # By default fixed point has more bits than the increments of some 20 halvings fill, so
 # that those shed are zeros. With the other the last one is worth 2**-52.

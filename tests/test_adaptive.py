@@ -1,5 +1,6 @@
 """Adaptive control of the pair: it sees what the base's own error estimate cannot."""
 
+import detest
 import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
@@ -59,7 +60,8 @@ def test_a_damped_problem_is_held_to_the_tolerance(name, tolerance):
 
 def test_the_base_own_estimate_alone_would_not_have_seen_it():
     """The same solve with (E) left out: the parasitic mode grows unnoticed."""
-    sees, blind = rvx.Reversible(dfx.Tsit5()), Blind(dfx.Tsit5())
+    seldom = rvx.Symmetric(1 / 4)
+    sees, blind = rvx.Reversible(dfx.Tsit5(), seldom), Blind(dfx.Tsit5(), seldom)
     kwargs = dict(stepsize_controller=dfx.PIDController(rtol=1e-3, atol=1e-3))
     errors = [
         float(
@@ -157,10 +159,22 @@ def solve_to_infinity(adjoint, **kwargs):
     )
 
 
+def solve_without_bound(adjoint, **kwargs):
+    """`y' = 5 y`, which is 1.4e14, the end of the range, at 6.5."""
+    return dfx.diffeqsolve(
+        dfx.ODETerm(lambda t, y, args: 5 * y),
+        *(rvx.Reversible(dfx.Heun()), 0.0, 8.0, 0.05, jnp.array([1.0, 0.0])),
+        **(dict(adjoint=adjoint) | kwargs),
+    )
+
+
 @pytest.mark.parametrize("adjoint", ADJOINTS.values(), ids=ADJOINTS)
 def test_what_overflows_ends_the_solve_with_a_result(adjoint):
-    solution = solve_to_infinity(adjoint, throw=False)
+    solution = solve_without_bound(adjoint, throw=False)
     assert solution.result == dfx.RESULTS.nonfinite
+    # Steps that are too long for a singularity part the twins before.
+    solution = solve_to_infinity(adjoint, throw=False)
+    assert solution.result == dfx.RESULTS.nonlinear_divergence
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS.values(), ids=ADJOINTS)
@@ -176,8 +190,21 @@ def test_a_controller_rejects_what_overflows(adjoint):
 
 
 def test_an_overflow_says_what_to_do():
-    message = r"(?s)ReversibleAdjoint.*left the range.*smaller steps.*largest="
+    message = "FixedPoint.largest=.*larger than 1.4e.14.*smaller steps.*Reversible"
     with pytest.raises(eqx.EquinoxRuntimeError, match=message):
-        solve_to_infinity(rvx.ReversibleAdjoint())
+        solve_without_bound(rvx.ReversibleAdjoint())
     with pytest.raises(eqx.EquinoxRuntimeError, match="Nonfinite"):
-        solve_to_infinity(dfx.RecursiveCheckpointAdjoint())
+        solve_without_bound(dfx.RecursiveCheckpointAdjoint())
+
+
+@pytest.mark.parametrize(
+    "name", ["B2", "B5", *(pytest.param(x, marks=HEAVY) for x in ("C2", "C4", "E5"))]
+)
+def test_a_tolerance_costs_and_means_what_it_does_for_the_plain_solver(name):
+    """On problems of DETEST: damped ones, and those on which errors are the largest."""
+    plain, ours = (
+        detest.solve(name, detest.SOLVERS[label], 1e-6, 1e-9)
+        for label in ("plain", "reversible")
+    )
+    assert ours.successful and ours.steps <= 1.3 * plain.steps
+    assert ours.largest_error <= 3 * plain.largest_error

@@ -17,6 +17,7 @@ from hypothesis import given, settings, strategies as st
 import reversax as rvx
 
 FIXED = rvx.FixedPoint()
+HALVE, DOUBLE = jax.jit(FIXED.halve_gap), jax.jit(FIXED.double_gap)
 DTYPES = {"float32": np.float32, "float64": np.float64}
 WORD = {np.float32: 32, np.float64: 64}
 by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -90,21 +91,47 @@ def test_sums_are_those_of_the_integers_and_undone_to_the_bit(dtype, data):
 
 @by_dtype
 @quickly
-@given(data=st.data())
-def test_a_halved_gap_is_doubled_to_the_bit_with_the_bit_it_shed(dtype, data):
+@given(data=st.data(), halvings=st.integers(0, 30))
+def test_a_halved_gap_is_doubled_to_the_bit_with_the_bits_it_shed(
+    dtype, data, halvings
+):
     y, z = (FIXED.encode(jnp.asarray(data.draw(arrays(dtype)))) for _ in range(2))
-    bits = FIXED.shed_bits(y, z)
-    assert bits.dtype == jnp.uint32 and jnp.all(bits <= 1)
-    halved_y, halved_z = FIXED.halve_gap(y, z)
-    for a, b, c, d in zip(*map(integers, (y, z, halved_y, halved_z)), strict=True):
-        assert a + b == c + d  # The mean stays.
-        assert abs((c - d) - Fraction(a - b, 2)) <= Fraction(3, 2)
-    again = FIXED.double_gap(halved_y, halved_z, bits)
+    bits = FIXED.shed_bits(y, z, halvings)
+    assert bits.dtype == jnp.uint32
+    halved = FIXED.halve_gap(y, z, halvings)
+    of_all = zip(*map(integers, (y, z, *halved)), bits.tolist(), strict=True)
+    for a, b, c, d, shed in of_all:
+        # (H1), (H2), in integers without end. The mean stays.
+        g = (a - b) >> 1
+        assert shed == g % 2**halvings
+        assert a + b == c + d
+        assert c - d == (a - b) % 2 + 2 * (g >> halvings)
+    again = FIXED.double_gap(*halved, halvings, bits)
     for new, old in zip(again, (y, z), strict=True):
         assert integers(new) == integers(old)
-    # The bit matters.
-    wrong = FIXED.double_gap(halved_y, halved_z, 1 - bits)
-    assert integers(wrong[0]) != integers(y)
+        assert jnp.array_equal(new.value, old.value)
+    # It is the same if their number is not known before run time; and each bit matters.
+    number = jnp.uint32(halvings)
+    at_run_time = HALVE(y, z, number)
+    assert [*map(integers, at_run_time)] == [*map(integers, halved)]
+    again = DOUBLE(*halved, number, bits)
+    assert [*map(integers, again)] == [integers(y), integers(z)]
+    for k in {0, halvings - 1} if halvings else ():
+        wrong = FIXED.double_gap(*halved, halvings, bits ^ jnp.uint32(2**k))
+        assert integers(wrong[0]) != integers(y)
+
+
+@quickly
+@given(y=st.floats(-1e6, 1e6), z=st.floats(-1e6, 1e6), halvings=st.integers(0, 30))
+def test_a_gap_of_floats_is_contracted_about_the_mean_and_widened_again(y, z, halvings):
+    pair = jnp.float64(y), jnp.float64(z)
+    halved = rvx.FloatingPoint().halve_gap(*pair, halvings)
+    size = 2.3e-16 * max(abs(y), abs(z), 1e-291)
+    assert abs(sum(halved) - sum(pair)) <= 4 * size
+    assert abs((halved[0] - halved[1]) - (y - z) / 2**halvings) <= 4 * size
+    again = rvx.FloatingPoint().double_gap(*halved, halvings, None)
+    for a, b in zip(again, pair, strict=True):
+        assert abs(a - b) <= 8 * 2**halvings * size
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0, 1e3, 1e6])
@@ -136,7 +163,13 @@ def test_what_leaves_the_range_is_nan_and_remains_so(dtype, bad):
     assert jnp.isnan(spoilt.value[0]) and spoilt.value[1] == 2
     back = FIXED.add(spoilt, jnp.array([-1.0, 1.0], dtype))
     assert jnp.isnan(back.value[0]) and back.value[1] == 3
-    assert jnp.isnan(FIXED.halve_gap(spoilt, good)[0].value[0])
+    halved = FIXED.halve_gap(spoilt, good, 2)
+    assert jnp.isnan(halved[0].value[0])
+    # It is remembered whether it was lost by its own size.
+    by_size = jnp.isfinite(bad)
+    for code in (spoilt, back, halved):
+        assert FIXED.outgrown(code) == by_size
+    assert not FIXED.outgrown(good)
 
 
 @by_dtype
@@ -147,10 +180,10 @@ def test_an_increment_or_a_gap_beyond_the_range_is_not_taken_for_a_smaller_one(d
     assert jnp.isnan(arithmetic.add(encode(-0.9), jnp.asarray(1.05, dtype)).value)
     assert jnp.isnan(arithmetic.subtract(encode(0.9), jnp.asarray(1.05, dtype)).value)
     apart = encode(0.75), encode(-0.75)
-    assert all(jnp.isnan(x.value) for x in arithmetic.halve_gap(*apart))
+    assert all(jnp.isnan(x.value) for x in arithmetic.halve_gap(*apart, 1))
     apart = encode(0.3), encode(-0.3)
     bits = jnp.zeros((), jnp.uint32)
-    assert all(jnp.isnan(x.value) for x in arithmetic.double_gap(*apart, bits))
+    assert all(jnp.isnan(x.value) for x in arithmetic.double_gap(*apart, 1, bits))
 
 
 def test_one_parameter_covers_other_ranges():
@@ -175,15 +208,16 @@ def test_a_range_that_the_dtype_cannot_scale_is_refused():
         rvx.FixedPoint(largest=1e30).encode(jnp.float32(1.0))
 
 
-def test_differentiation_goes_straight_through():
+@pytest.mark.parametrize("halvings", [1, 4])
+def test_differentiation_goes_straight_through(halvings):
     def of(x, d):
         y = FIXED.add(FIXED.encode(x), jnp.sin(d))
-        y, z = FIXED.halve_gap(y, FIXED.subtract(FIXED.encode(2 * x), d * x))
+        y, z = FIXED.halve_gap(y, FIXED.subtract(FIXED.encode(2 * x), d * x), halvings)
         return FIXED.decode(y) + 3 * FIXED.decode(z)
 
     def plain(x, d):
         y, z = x + jnp.sin(d), 2 * x - d * x
-        c = (y - z) / 4
+        c = (y - z) * (1 - 0.5**halvings) / 2
         return (y - c) + 3 * (z + c)
 
     at = (jnp.float64(0.7), jnp.float64(0.3))
@@ -205,10 +239,18 @@ def test_half_precision_states_are_added_up_in_single(dtype):
     assert jnp.all(FIXED.difference(other, code) != 0)
 
 
-@pytest.mark.parametrize("value", [0, -1, 2.0, "4", True, None], ids=repr)
-def test_a_period_of_halvings_that_is_none_is_refused(value):
-    with pytest.raises(ValueError, match=r"Symmetric\(halve_every=.*integer.*got"):
-        rvx.Symmetric(halve_every=value)
+@pytest.mark.parametrize(
+    "value", [0, -1, 2.0, 0.3, 31, math.inf, math.nan, "4", True, None], ids=repr
+)
+def test_a_number_of_halvings_that_is_none_is_refused(value):
+    with pytest.raises(ValueError, match=r"halvings_per_step=.*auto.*1/4; got"):
+        rvx.Symmetric(halvings_per_step=value)
+
+
+def test_a_fraction_of_a_halving_is_taken_however_it_is_written():
+    fractions = 1 / 3, Fraction(1, 3), np.float64(1 / 3)
+    assert all(rvx.Symmetric(x) == rvx.Symmetric(1 / 3) for x in fractions)
+    assert rvx.Symmetric(1.0) == rvx.Symmetric(1)
 
 
 def test_fixed_point_with_the_published_coupling_is_refused_with_the_reason():

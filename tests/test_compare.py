@@ -203,9 +203,7 @@ def test_what_fails_is_a_row_that_says_why():
         candidates=candidates,
     )
     _, (published, refused, too_many) = compare(damped, Options(halvings=0), print)
-    assert "did not find the initial state again" in published.failure
-    assert published.temporary_bytes > 0
-    assert not published.round_trip <= 1.5e-8
+    assert "drove the twins apart" in published.failure
     assert refused.failure.startswith("TypeError")
     assert "Wrap an explicit solver" in refused.failure
     assert refused.temporary_bytes is None

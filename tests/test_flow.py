@@ -27,11 +27,12 @@ from flow import (
     sample_probe,
     solve,
 )
-from helpers import in_cells, initial_states, quick, relative_difference
+from helpers import SameScheme, in_cells, initial_states, quick, relative_difference
 
 import reversax as rvx
 
-OURS, DIRECT = rvx.ReversibleAdjoint(), dfx.RecursiveCheckpointAdjoint()
+OURS = rvx.ReversibleAdjoint()
+DIRECT = SameScheme(dfx.RecursiveCheckpointAdjoint())
 DIM = 3
 TRACES = pytest.mark.parametrize("trace", ["exact", "Hutchinson"])
 

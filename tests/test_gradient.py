@@ -17,6 +17,7 @@ import pytest
 from helpers import (
     BASES,
     SCHEMES,
+    SameScheme,
     finite_sum_of_squares,
     in_cells,
     initial_states,
@@ -136,7 +137,8 @@ def check_cell(base_name, controller_name, batching, scheme):
         base_name, controller_name, batching, scheme, rvx.ReversibleAdjoint()
     )
     direct, _ = gradients_of_each_output(
-        base_name, controller_name, batching, scheme, dfx.RecursiveCheckpointAdjoint()
+        *(base_name, controller_name, batching, scheme),
+        SameScheme(dfx.RecursiveCheckpointAdjoint()),
     )
     differences = {name: relative_difference(ours[name], direct[name]) for name in SUBS}
     assert max(differences.values()) <= BOUNDS[scheme], differences

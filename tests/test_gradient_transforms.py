@@ -231,7 +231,7 @@ def test_the_hessian_by_forward_over_reverse_is_the_direct_one(saves, scheme):
         return jax.jit(hessian, **quick(adjoint, solver.arithmetic))(point)
 
     # 1.5e-13 measured for `ts`, 1e-15 for the others.
-    assert relative_difference(of(OURS), of(dfx.DirectAdjoint())) <= 1e-12
+    assert relative_difference(of(OURS), of(DIRECT)) <= 1e-12
 
 
 @pytest.mark.parametrize("scheme", ["fixed-point", "published"])
@@ -249,7 +249,7 @@ def test_the_hessian_of_a_batch_is_the_direct_one(scheme):
         hessian = jax.jit(jax.hessian(loss), **quick(adjoint, solver.arithmetic))
         return hessian(jnp.array(1.1))
 
-    assert relative_difference(of(OURS), of(dfx.DirectAdjoint())) <= 1e-12
+    assert relative_difference(of(OURS), of(DIRECT)) <= 1e-12
 
 
 def test_lanes_whose_controller_counts_the_steps_that_it_rejected():
@@ -266,7 +266,8 @@ def test_lanes_whose_controller_counts_the_steps_that_it_rejected():
 
 def second_derivative(adjoint, num_steps=200):
     def loss(rate):
-        kwargs = dict(solver=rvx.Reversible(dfx.Euler()), dt0=1 / num_steps)
+        solver = rvx.Reversible(dfx.Euler(), rvx.Symmetric(1 / 4))
+        kwargs = dict(solver=solver, dt0=1 / num_steps)
         kwargs["field"] = lambda t, y, rate: rate * jnp.sin(y)
         return solve(adjoint, jnp.array(0.7), rate, max_steps=num_steps, **kwargs).ys[0]
 
@@ -279,14 +280,14 @@ def test_a_hessian_whose_tangents_were_lost_is_withheld():
     with pytest.raises(Exception, match=r"lost the tangents.*restart_every"):
         jax.block_until_ready(second_derivative(OURS))
     unchecked = rvx.ReversibleAdjoint(round_trip_tolerance=math.inf)
-    exact = second_derivative(dfx.DirectAdjoint())
+    exact = second_derivative(DIRECT)
     assert abs(second_derivative(unchecked) / exact - 1) > 1e-5, "nothing was lost"
 
 
 @pytest.mark.heavy
 def test_a_hessian_of_a_long_solve_is_the_direct_one_if_the_way_back_restarts():
     restarting = rvx.ReversibleAdjoint(restart_every=50)
-    exact = second_derivative(dfx.DirectAdjoint())
+    exact = second_derivative(DIRECT)
     # In 50 steps a round-off of 1e-16 becomes 6e-13. Measured: 3e-13.
     assert abs(second_derivative(restarting) / exact - 1) <= 1e-11
 
@@ -299,7 +300,7 @@ def test_hessian_by_forward_over_reverse_of_adaptive_steps():
         )
         return jax.hessian(loss)(ARGS)
 
-    assert relative_difference(hessian(OURS), hessian(dfx.DirectAdjoint())) <= 1e-13
+    assert relative_difference(hessian(OURS), hessian(DIRECT)) <= 1e-13
 
 
 def test_a_batch_without_jit_has_the_gradient_of_one_with_it():

@@ -122,9 +122,28 @@ def test_fixed_point_keeps_a_bit_per_element_and_halving_beside(batching, contro
         )
         for n in steps
     )
-    words = lambda n: -(-(n // 4 + 1) // 32)
+    allowed = (
+        (lambda n: max(256, n // 4))
+        if controlled == "constant"
+        else (lambda n: min(4 * n, 320 + n // 4 + 1))
+    )
+    words = lambda n: -(-allowed(n) // 32)
     bits = 4 * (words(steps[1]) - words(steps[0])) * Y0.size
     assert many - few <= 1.02 * (bits + times), (few, many, bits, times)
+
+
+@pytest.mark.parametrize("batching", ["batched", "vmap"])
+def test_fixed_point_takes_the_very_same_memory_for_16_constant_steps_and_1024(
+    batching,
+):
+    """256 bits for each element, however many steps they are spread over."""
+    adjoint, fixed = rvx.ReversibleAdjoint(), rvx.FixedPoint()
+    few, some, many = (
+        temporary_bytes(adjoint, n, batching, fixed) for n in (16, 128, 1024)
+    )
+    assert few == some == many
+    # If `max_steps` is left at what it is, it is not the steps taken that count.
+    assert temporary_bytes(adjoint, 4096, batching, fixed) > many
 
 
 def test_checkpointing_grows_so_that_the_figures_above_mean_something():

@@ -15,6 +15,7 @@ from reversax._control import halves_of
 from reversax._increment import make_increment
 from reversax._pair import Scheme, take_step, undo_step
 from reversax._solver import TwinState
+from reversax._watch import begin
 
 DTYPES = {"float32": jnp.float32, "float64": jnp.float64}
 ONE_STEP = 0.05
@@ -29,7 +30,7 @@ def scheme_of(coupling_parameter):
     return Scheme(rvx.McCallumFoster(coupling_parameter), rvx.FloatingPoint())
 
 
-def there_and_back(scheme, base, pair, dtype, index=3, h=ONE_STEP):
+def there_and_back(scheme, base, pair, dtype, halvings=1, h=ONE_STEP):
     args = network_arguments(dtype)
     increment = make_increment(base, dfx.ODETerm(network_field), args)
     t0, t1 = jnp.asarray(0.3, dtype), jnp.asarray(0.3 + h, dtype)
@@ -37,10 +38,10 @@ def there_and_back(scheme, base, pair, dtype, index=3, h=ONE_STEP):
     half = lambda h, y, _: (core(h, y).increment, None, None)
     halves = halves_of(t0, t1, increment.contr(t0, t1))
     start = Pair(scheme.arithmetic.encode(pair.y), scheme.arithmetic.encode(pair.z))
-    step = take_step(scheme, start, index, halves, core)
-    shed_bits = lambda: scheme.arithmetic.shed_bits(start.y, start.z)
+    step = take_step(scheme, start, halvings, halves, core)
+    shed_bits = lambda: scheme.arithmetic.shed_bits(start.y, start.z, halvings)
     mixed, *_ = undo_step(scheme, step.pair1, halves, half, None, unroll=False)
-    return start, scheme.unmix(mixed, index, shed_bits)
+    return start, scheme.unmix(mixed, halvings, shed_bits)
 
 
 def worst_ulps(a, b, scale):
@@ -95,7 +96,7 @@ def test_the_step_is_the_published_one():
 
     solver = rvx.Reversible(dfx.Euler(), rvx.McCallumFoster(lam))
     term = dfx.ODETerm(lambda t, y, args: field(t, y))
-    state = TwinState(rvx.Pair(y0, z0), jnp.array(0))
+    state = TwinState(rvx.Pair(y0, z0), jnp.array(0), begin(y0, t0, jnp.array(0)))
     out, _, _, state, _ = solver.step(
         term, t0, t0 + h, y0, None, state, made_jump=False
     )
@@ -105,23 +106,29 @@ def test_the_step_is_the_published_one():
     assert abs(float(pair.z - z1)) < 1e-15
 
 
-@pytest.mark.parametrize("index", [2, 3], ids=["not-halving", "halving"])
+@pytest.mark.parametrize("halvings", [0, 1, 4, 30], ids="{}-halvings".format)
+@pytest.mark.parametrize("known", [True, False], ids=["known", "at-run-time"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SOME_BASES)
-def test_one_step_in_fixed_point_is_undone_to_the_bit(name, dtype, index):
+def test_one_step_in_fixed_point_is_undone_to_the_bit(name, dtype, known, halvings):
     dtype = DTYPES[dtype]
+    if not known:
+        halvings = jnp.uint32(halvings)
     y0 = initial_states(dtype=dtype)
     scheme = Scheme(rvx.Symmetric(), rvx.FixedPoint())
     pair = Pair(y0, y0 + dtype(1e-3) * jnp.cos(9 * y0))
-    start, again = there_and_back(scheme, BASES[name], pair, dtype, index)
+    start, again = there_and_back(scheme, BASES[name], pair, dtype, halvings)
     for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(start), strict=True):
         assert jnp.array_equal(a, b)
 
 
-@pytest.mark.parametrize("index", [2, 3], ids=["not-halving", "halving"])
-def test_the_symmetric_step_is_that_of_its_definition(index):
-    """Contract the gap about the mean by `lam`, a half or one; then (F1), (F2)."""
-    h, lam = 0.1, 0.5 if index == 3 else 1.0
+@pytest.mark.parametrize(
+    ("per_step", "index", "halvings"),
+    [(1 / 4, 2, 0), (1 / 4, 3, 1), (3, 2, 3), ("auto", 0, 4)],
+)
+def test_the_symmetric_step_is_that_of_its_definition(per_step, index, halvings):
+    """Contract the gap about the mean by `lam`, a power of a half; then (F1), (F2)."""
+    h, lam = 0.1, 0.5**halvings
     field = lambda t, y: jnp.sin(y) + t
     y0, z0, t0 = jnp.asarray(0.7), jnp.asarray(0.6), jnp.asarray(0.2)
     mean, gap = (y0 + z0) / 2, y0 - z0
@@ -129,9 +136,9 @@ def test_the_symmetric_step_is_that_of_its_definition(index):
     y1 = y + h * field(t0, z)
     z1 = z + h * field(t0 + h, y1)
 
-    solver = rvx.Reversible(dfx.Euler(), rvx.Symmetric(4), rvx.FloatingPoint())
+    solver = rvx.Reversible(dfx.Euler(), rvx.Symmetric(per_step), rvx.FloatingPoint())
     term = dfx.ODETerm(lambda t, y, args: field(t, y))
-    state = TwinState(Pair(y0, z0), jnp.array(index))
+    state = TwinState(Pair(y0, z0), jnp.array(index), begin(y0, t0, jnp.array(0)))
     out, error, _, state, _ = solver.step(
         term, t0, t0 + h, (y0 + z0) / 2, None, state, made_jump=False
     )

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers import (
+    SameScheme,
     finite_sum_of_squares,
     flat,
     quick,
@@ -68,8 +69,8 @@ def oracle_for(program):
     that is wrong for times under `vmap` (docs/compatibility.md).
     """
     if program.lanes and program.moves:
-        return dfx.DirectAdjoint()
-    return dfx.RecursiveCheckpointAdjoint()
+        return SameScheme(dfx.DirectAdjoint())
+    return SameScheme(dfx.RecursiveCheckpointAdjoint())
 
 
 def bound_on_gradient(program, num_steps):

@@ -180,7 +180,9 @@ def test_a_lane_that_overflows_leaves_the_others_their_gradient():
     (_, direct_result), direct = lanes(DIRECT)
     for each in (result, direct_result):
         assert (each == dfx.RESULTS.successful).tolist() == [True, False]
-        assert (each == dfx.RESULTS.nonfinite).tolist() == [False, True]
+        # Its steps are too long for the singularity, which parts the twins.
+        apart = dfx.RESULTS.nonlinear_divergence
+        assert (each == apart).tolist() == [False, True]
     assert abs(ours[0] - direct[0]) <= 1e-12 * abs(direct[0])
     assert jnp.isnan(ours[1]) and jnp.isnan(direct[1])
 

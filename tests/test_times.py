@@ -319,4 +319,4 @@ def test_hessian_in_times_and_state():
 
         return jax.hessian(loss)(jnp.array([1.0, 0.083, 1.0]))
 
-    assert relative_difference(hessian(OURS), hessian(dfx.DirectAdjoint())) <= 1e-12
+    assert relative_difference(hessian(OURS), hessian(DIRECT)) <= 1e-12

@@ -18,11 +18,12 @@ from jaxtyping import Array, PyTree
 from ._backward import Carry, Walk, walk_back, wide
 from ._certificate import certificate, checked_tangents, round_trip
 from ._clock import Clock
-from ._compat import NONFINITE
-from ._coupling import Index, Pair
+from ._coupling import Pair
 from ._event import locate
+from ._faults import raise_if_failed
 from ._forward import Forward, run, run_for_derivative
 from ._guard import detached, forward_only, reverse_only
+from ._halvings import Count, Index
 from ._lanes import Axes, batch_aware
 from ._observe import add_trees
 from ._one_lane import Lane, Outputs, make_lane, sum_over_lanes
@@ -37,6 +38,7 @@ class _Residuals(eqx.Module):
     pair: Pair
     record: Record
     num_steps: Index
+    num_shed: Count
     num_ts: list[Index]
     t_final: Array
     last_end: Array | None
@@ -97,19 +99,21 @@ def _solve(parts, *, setup: Setup, axes: Axes | None):
 
 @_solve.def_fwd
 def _solve_fwd(perturbed, parts, *, setup: Setup, axes: Axes | None):
-    final_state, aux_stats, pair, record = _run(parts, setup, perturbed, axes)
+    forward = _run(parts, setup, perturbed, axes)
+    final_state = forward.final_state
     save_states = setup.save_states(final_state)
     describe = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     residuals = _Residuals(
-        pair=pair,
-        record=record,
+        pair=forward.pair,
+        record=forward.record,
+        num_shed=forward.num_shed,
         num_steps=jnp.asarray(final_state.num_accepted_steps),
         num_ts=[jnp.asarray(s.saveat_ts_index) for s in save_states],
         t_final=final_state.tprev,
         last_end=final_state.event_tnext,
         outputs=jtu.tree_map(describe, _outputs(final_state, None)),
     )
-    return (final_state, aux_stats), residuals
+    return (final_state, forward.aux_stats), residuals
 
 
 @_solve.def_bwd
@@ -218,6 +222,7 @@ def _first_carry(
         ct_ts = walk.each(Lane.no_cotangent_of_ts)
     return Carry(
         num_steps=residuals.num_steps,
+        num_shed=residuals.num_shed,
         pair=residuals.pair,
         ct_pair=add_trees(ct_pair, ct_saved),
         ct_parameters=(ct_increment, walk.add_fns(ct_fns_before, ct_fns)),
@@ -249,15 +254,8 @@ def _finish(ct, zeros: Array, parts, axes: Axes | None):
 
 _CONTROLLER_STATE_USED = (
     f"{CALL} was differentiated with respect to times (`t0`, `t1`, `dt0`, or others) "
-    "through the `controller_state` that it returned, which it cannot do. Resume "
-    "without that, or with `jax.lax.stop_gradient` of it; or use "
-    "`adjoint=diffrax.RecursiveCheckpointAdjoint()` with the same solver."
-)
-_LEFT_ITS_RANGE = (
-    f"{CALL}: the state left the range of `reversax.FixedPoint`, or was not finite. If "
-    "the solution grows without bound, take smaller steps; if it is larger than "
-    "2.1e6 (single precision) or 1.4e14 (double), give its size: "
-    "`reversax.Reversible(..., arithmetic=reversax.FixedPoint(largest=...))`."
+    "through the `controller_state` that it returned, which it cannot do. Resume without "
+    "that, or with `jax.lax.stop_gradient` of it; or use `RecursiveCheckpointAdjoint`."
 )
 
 
@@ -280,9 +278,11 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
 
     Memory is a few copies of the state and of the parameters; with a controller
     that adapts two numbers per step of `max_steps`; with [`reversax.FixedPoint`][]
-    (the default) `1/halve_every` bits per element of the state and step of
-    `max_steps`; and with [`reversax.FloatingPoint`][] a pair of states at every
-    `restart_every` steps. An event records the times of constant steps too;
+    (the default) 256 bits per element of the state, or a quarter of a bit per step of
+    `max_steps` if that is more (the sum of 320 and that with a controller that adapts;
+    `halvings_per_step` bits per step if that is given to [`reversax.Symmetric`][]);
+    and with [`reversax.FloatingPoint`][] a pair of states at every `restart_every`
+    steps. An event records the times of constant steps too;
     recorded times that are differentiated, two numbers more a step for each number
     that they are differentiated by. Dense output takes the memory that it takes
     under any adjoint. Backward, each step costs as many vector field evaluations as
@@ -339,10 +339,8 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
             parts, setup=setup, axes=axes
         )
         final_state, aux_stats = batch_aware(solve_in_lanes)(parts, setup)
-        if throw and setup.scheme.arithmetic.exact:
-            result = final_state.result
-            result = eqx.error_if(result, result == NONFINITE, _LEFT_ITS_RANGE)
-            final_state = eqx.tree_at(lambda s: s.result, final_state, result)
+        if throw:
+            final_state = raise_if_failed(final_state, setup)
         final_state = _detach_the_rest(final_state)
         event = problem["event"]
         if event is not None and event.root_finder is not None:
@@ -377,19 +375,22 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     round trip by); a Python integer of at least 1, or `None` for never. By default,
     "auto", as seldom as the coupling, the precision of the state and the tolerance
     allow: at 0.999 some 13,500 steps in double precision and 3,400 in single; with
-    [`reversax.Symmetric`][] 92 and 34. It knows nothing of the vector field: on a
-    contracting flow give a smaller number. Needs `max_steps`, else nothing is kept.
-    With [`reversax.FixedPoint`][] a number has the tangents of long Hessians restart.
+    [`reversax.Symmetric`][] after 20 halvings and 5. It knows nothing of the vector
+    field: on a contracting flow give a smaller number. Needs `max_steps`, else nothing
+    is kept. With [`reversax.FixedPoint`][] tangents of Hessians restart.
 - `progress_meter`: shows how far the backward pass has come (the `progress_meter` of
     `diffrax.diffeqsolve` shows the forward pass), by default nothing; of a batch, how
     far the lane with most steps has.
 
 **Raises:** `TypeError` and `ValueError` for arguments that are none. When a solve
 begins, `TypeError` for a solver that is not [`reversax.Reversible`][], `ValueError` for
-`max_steps=None` where there is something to record. When a state leaves the range of
-its arithmetic, `equinox.EquinoxRuntimeError`. When differentiated,
-`NotImplementedError` in forward mode, in reverse mode once more, and for a controller
-of your own whose steps have a derivative with respect to the state;
+`max_steps=None` where there is something to record. When a solve fails,
+`equinox.EquinoxRuntimeError`: with the result `diffrax.RESULTS.nonfinite` when the
+vector field returned no number or a state left the range of its arithmetic, and with
+`diffrax.RESULTS.nonlinear_divergence` when damping drove the twins apart, so far that
+their gap is larger than the state, or than 10,000 tolerances of the controller. When
+differentiated, `NotImplementedError` in forward mode, in reverse mode once more, and
+for a controller of your own whose steps have a derivative with respect to the state;
 `equinox.EquinoxRuntimeError` for a derivative with respect to times through a returned
 `controller_state`. In the backward pass, `equinox.EquinoxRuntimeError` if the round
 trip exceeds the tolerance, or the tangents of a Hessian have lost half their digits.

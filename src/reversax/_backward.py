@@ -33,15 +33,16 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
 from ._arithmetic import State
-from ._certificate import Scale
 from ._clock import Clock
 from ._control import Half, Time, halves_of, of_step
-from ._coupling import Index, Pair
+from ._coupling import Pair
+from ._halvings import Count, Index
 from ._isolation import Evaluation, run_time_true
 from ._observe import add_trees, zeros_like_inexact
-from ._one_lane import Lane, only_where, sum_over_lanes
+from ._one_lane import Halved, Lane, only_where, sum_over_lanes
 from ._pair import half_of, through_halves, undo_step
 from ._psi import Psi
+from ._watch import Scale
 
 
 def wide(x: Array) -> Array:
@@ -55,6 +56,8 @@ class Carry(eqx.Module):
 
     num_steps: Index
     """How many steps are still to be undone."""
+    num_shed: Count
+    """How many halvings they made."""
     pair: Pair
     ct_pair: Pair
     ct_parameters: PyTree[Array]
@@ -145,7 +148,7 @@ class Walk(eqx.Module):
             unroll=False,
         )  # (B2, T2, B1, T1)
         ct_mixed = Pair(ct_y, ct_z)
-        pair0, ct = self.each(Lane.unmix_and_pull, mixed, ct_mixed, step.index)
+        pair0, ct = self.each(Lane.unmix_and_pull, mixed, ct_mixed, step.halved)
         ct_p, interval = self._pull_control(control, ct_halves, ct_p)
         ct_parameters = ct_p, step.ct_parameters[1]
         return _Undone(pair0, step.num_ts, ct, ct_parameters, interval, step.ct_ts)
@@ -164,7 +167,7 @@ class Walk(eqx.Module):
         mixed, _, evaluations = undo_step(
             scheme, step.pair1, halves, core=undo_half, extra=None, unroll=True
         )  # (B2, B1)
-        pair0 = self.each(Lane.unmix, mixed, step.index)  # (BC)
+        pair0 = self.each(Lane.unmix, mixed, step.halved)  # (BC)
         forward, z = half_of(evaluations, 0), scheme.decode(mixed).z
         info = self.psi.dense_info(half_of(halves, 0), z, forward)
         values = z, forward.value[0], eqx.combine(info.value, info.other)
@@ -188,7 +191,7 @@ class Walk(eqx.Module):
             carry, halves, evaluations, ct_value
         )  # (T2, T1)
         ct_z = add_trees(ct_z, add_trees(ct_z_dense, ct_ends.z))
-        ct = self.each(Lane.pull_mix, Pair(ct_y, ct_z), pair0, step.index)  # (TC)
+        ct = self.each(Lane.pull_mix, Pair(ct_y, ct_z), pair0, step.halved)  # (TC)
         ct = add_trees(ct, self.each(Lane.pull_readout, ct_ends.readout0, pair0))
         ct_halves = jtu.tree_map(lambda x, y: x.at[0].add(y), ct_halves, ct_first)
         ct_p, of_halves = self._pull_control(control, ct_halves, ct_p)
@@ -220,10 +223,11 @@ class Walk(eqx.Module):
         ct = if_active(add_trees(carry.ct_pair, ct), zeros_like_inexact(ct))
         ct_increment, ct_fns_total = carry.ct_parameters
         ct_parameters = ct_increment, self.add_fns(ct_fns_total, ct_fns)
+        halved = self.each(Lane.halved, index, carry.num_shed)
         undo = self._undo_observe_pull if self.lane.dense else self._undo_and_pull
         undone = undo(
             _Undoing(
-                *(carry.pair, carry.num_ts, carry.ct_ts, index, t0, t1, ct),
+                *(carry.pair, carry.num_ts, carry.ct_ts, index, halved, t0, t1, ct),
                 *(ct_parameters, if_active),
             )
         )
@@ -235,15 +239,26 @@ class Walk(eqx.Module):
         scale = carry.scale
         if not self.lane.allows_no_error:
             scale = jtu.tree_map(jnp.maximum, scale, self.each(Lane.size, pair0))
-        pair0, errors = self.each(Lane.restart, pair0, index, scale)
+        pair0, errors = self.each(Lane.restart, pair0, index, halved, scale)
         errors = jtu.tree_map(jnp.maximum, carry.round_trips, errors)
-        new = pair0, undone.ct, undone.ct_ts, undone.num_ts, scale, errors
-        old = carry.pair, carry.ct_pair, carry.ct_ts, carry.num_ts, carry.scale
-        old = (*old, carry.round_trips)
-        pair, ct_pair, ct_ts, num_ts, scale, errors = if_active(new, old)
-        num_steps = jnp.maximum(carry.num_steps - 1, 0)
-        ct = ct_pair, undone.ct_parameters, ct_clock, ct_ts
-        return Carry(num_steps, pair, *ct, num_ts, scale, errors)
+        new = Carry(
+            num_steps=jnp.maximum(carry.num_steps - 1, 0),
+            num_shed=halved.before,
+            pair=pair0,
+            ct_pair=undone.ct,
+            ct_parameters=None,
+            ct_clock=None,
+            ct_ts=undone.ct_ts,
+            num_ts=undone.num_ts,
+            scale=scale,
+            round_trips=errors,
+        )
+        # (The others have only what is active added.)
+        places = lambda c: (c.ct_parameters, c.ct_clock)
+        is_none = lambda x: x is None
+        old = eqx.tree_at(places, carry, (None, None), is_leaf=is_none)
+        summed = undone.ct_parameters, ct_clock
+        return eqx.tree_at(places, if_active(new, old), summed, is_leaf=is_none)
 
 
 class _Undoing(NamedTuple):
@@ -253,6 +268,7 @@ class _Undoing(NamedTuple):
     num_ts: list[Index]
     ct_ts: list[Array | None]
     index: Index
+    halved: Halved
     t0: Time
     t1: Time
     ct: Pair
@@ -341,7 +357,7 @@ def walk_back(
 
 
 def walk_back_without_cotangents(
-    lane: Lane, psi: Psi, pair1: Pair, num_steps: Index
+    lane: Lane, psi: Psi, pair1: Pair, num_steps: Index, num_shed: Count
 ) -> Pair:
     """Undoes all the steps: the reconstructed initial pair."""
 
@@ -349,14 +365,15 @@ def walk_back_without_cotangents(
         return psi.evaluate(half, a).value[0], None, None
 
     def undo(carry):
-        num_steps, pair = carry
+        num_steps, num_shed, pair = carry
         index, t0, t1 = lane.last_of(num_steps)
         control = psi.evaluate_control(t0, t1)
         halves = _halves(t0, t1, control)
         mixed, *_ = undo_step(
             lane.scheme, pair, halves, core=undo_half, extra=None, unroll=False
         )
-        return num_steps - 1, lane.unmix(mixed, index)
+        halved = lane.halved(index, num_shed)
+        return num_steps - 1, halved.before, lane.unmix(mixed, halved)
 
-    _, pair0 = lax.while_loop(lambda c: c[0] > 0, undo, (num_steps, pair1))
+    *_, pair0 = lax.while_loop(lambda c: c[0] > 0, undo, (num_steps, num_shed, pair1))
     return pair0

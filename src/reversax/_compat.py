@@ -32,6 +32,7 @@ from jaxtyping import Array, PyTree
 
 # Said by Optimistix, whose results Diffrax's extend.
 NONFINITE: Any = dfx.RESULTS.nonfinite
+DIVERGED: Any = dfx.RESULTS.nonlinear_divergence
 
 
 def _with_quick_prevbefore(loop: Any) -> Any:
@@ -67,6 +68,18 @@ def buffer_at_set(buffer: Any, index: Any, value: Any, *, pred: Any) -> Any:
     """`buffer.at[index].set(value)` where `pred` holds, inside a loop of Equinox's that
     was told of the buffer (written in place), or outside of it."""
     return eqxi.buffer_at_set(buffer, index, value, pred=pred)
+
+
+def number_of_steps(
+    controller: dfx.ConstantStepSize | dfx.StepTo, first_state: PyTree
+) -> Any:
+    """How many steps a controller without a memory will make, begun with this state;
+    negative if there is no end to them."""
+    if isinstance(controller, dfx.StepTo):
+        # As in `replayed_end`.
+        return len(controller.ts) + 1 - jnp.asarray(first_state)
+    first, num_steps, *_ = first_state
+    return jnp.where(num_steps < 0, -1, num_steps - first + 1)
 
 
 def replayed_end(

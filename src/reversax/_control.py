@@ -111,6 +111,12 @@ def _unwrapped(term: dfx.AbstractTerm) -> tuple[dfx.AbstractTerm, Sign]:
     return term, 1
 
 
+def direction_of(terms: PyTree[dfx.AbstractTerm]) -> Sign:
+    """The direction that time runs in, 1 or -1, as the user has it."""
+    _, direction = _unwrapped(jtu.tree_leaves(terms, is_leaf=_is_single_term)[0])
+    return direction
+
+
 def _is_brownian(x: Any) -> bool:
     return isinstance(x, dfx.AbstractBrownianPath)
 

@@ -10,11 +10,11 @@ contracts the gap between the twins, which nothing else would do. With it the st
 
 and what the user sees is `readout(y, z)`.
 
-The symmetric coupling contracts the gap about the mean, by half at every `m`-th step
-(counted from the first accepted one) and not at all at the others:
+The symmetric coupling halves the gap about the mean, `b` times at a step, a number that
+`_halvings.py` has for each:
 
-    (S)    mix(y, z) = (y - c, z + c),  c = (y - z)/4  if `m` divides the number of
-           the step, else 0;            readout(y, z) = (y + z)/2
+    (S)    mix(y, z) = (y - c, z + c),  c = (1 - 2**-b)*(y - z)/2,
+           readout(y, z) = (y + z)/2
 
 McCallum & Foster (arXiv 2410.11648, equation (4)) with `0 < lam <= 1`:
 
@@ -29,25 +29,12 @@ from typing import Any
 import equinox as eqx
 import jax.core
 import jax.lax as lax
-import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
-from jaxtyping import Array, Int, PyTree, UInt32
+from jaxtyping import Array, PyTree
 
 from ._arithmetic import AbstractArithmetic, State
 from ._compat import unvmap_any
-
-Index = Int[Array, ""] | int
-
-
-def divided(count: Index, by: int) -> tuple[UInt32[Array, ""], UInt32[Array, ""]]:
-    """The quotient and the remainder of a count, which is never negative.
-
-    A signed one would take a compiler a dozen operations, to round down and not to
-    zero; and it repeats them in all that is fused with what depends on them.
-    """
-    unsigned, divisor = jnp.asarray(count).astype(jnp.uint32), np.uint32(by)
-    return lax.div(unsigned, divisor), lax.rem(unsigned, divisor)
+from ._halvings import MOST, SELDOM, AbstractSchedule, Count, Index, PerStep
 
 
 class Pair(eqx.Module):
@@ -61,29 +48,44 @@ class Pair(eqx.Module):
     z: PyTree[Array]
 
 
-def _as_halve_every(value) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError(
-            "`reversax.Symmetric(halve_every=...)` needs a Python integer of at least "
-            f"1, got {value!r}."
-        )
-    return value
+_MOST_OF_ALL = 30  # So that the bits of a step fit a word of 32.
+
+
+def _as_halvings_per_step(value) -> int | float | str:
+    if isinstance(value, str) and value == "auto":
+        return value
+    if type(value) is int and 1 <= value <= _MOST_OF_ALL:
+        return value
+    is_fraction = type(value) is not bool and hasattr(value, "__float__")
+    if is_fraction and not isinstance(value, jax.core.Tracer | str):
+        inverse = 1 / float(value) if 0 < float(value) <= 1 else math.nan
+        if math.isfinite(inverse) and float(value) == 1 / round(inverse):
+            return 1 / round(inverse) if round(inverse) > 1 else 1
+    raise ValueError(
+        '`reversax.Symmetric(halvings_per_step=...)` needs "auto", a Python integer '
+        f"from 1 to {_MOST_OF_ALL}, or 1/m for an integer m, such as 1/4; got "
+        f"{value!r}."
+    )
 
 
 class AbstractCoupling(eqx.Module):
     """Mixes the twins before each step. `mix` is linear and `unmix` its inverse.
 
-    `index` counts the accepted steps, from 0.
+    `halvings` is how many times this step halves the gap, if it does so at all.
     """
 
     @property
     @abc.abstractmethod
-    def halve_every(self) -> int | None:
-        """At every how many steps the gap is halved, which sheds a bit of an exact
-        number; `None` if the mixing cannot be done in exact numbers."""
+    def halves(self) -> bool:
+        """Whether the mixing halves the gap, and sheds whole bits of exact numbers."""
 
     @abc.abstractmethod
-    def mix(self, arithmetic: AbstractArithmetic, pair: Pair, index: Index) -> Pair:
+    def schedule(self, start: Index, chosen: AbstractSchedule) -> AbstractSchedule:
+        """How many halvings each step makes, of a solve that goes on after `start`
+        steps: as the user says, else as was `chosen`."""
+
+    @abc.abstractmethod
+    def mix(self, arithmetic: AbstractArithmetic, pair: Pair, halvings: Count) -> Pair:
         """The pair that (F1) and (F2) start from."""
 
     @abc.abstractmethod
@@ -91,7 +93,7 @@ class AbstractCoupling(eqx.Module):
         self,
         arithmetic: AbstractArithmetic,
         pair: Pair,
-        index: Index,
+        halvings: Count,
         shed_bits: Callable[[], Any],
     ) -> Pair:
         """Undoes `mix`; `shed_bits()` are those that it shed at this step."""
@@ -102,8 +104,9 @@ class AbstractCoupling(eqx.Module):
 
     @property
     @abc.abstractmethod
-    def amplification(self) -> float:
-        """By how much undoing a step magnifies round-off: its natural logarithm."""
+    def amplification(self) -> float | None:
+        """By how much undoing a step magnifies round-off: its natural logarithm; `None`
+        if that depends on the solve."""
 
     @property
     @abc.abstractmethod
@@ -116,7 +119,7 @@ class AbstractCoupling(eqx.Module):
 
 
 class Symmetric(AbstractCoupling):
-    """Halves the gap between the twins, about their mean, at every few steps.
+    """Halves the gap between the twins, about their mean, some times at a step.
 
     The default. The mean of the twins is what the solve returns. Compared with
     [`reversax.McCallumFoster`][] it
@@ -124,53 +127,60 @@ class Symmetric(AbstractCoupling):
     - gains an order for every base of odd order (Euler becomes second, Bosh3 fourth,
       Tsit5 and Dopri5 sixth), since the errors of a step taken forwards and of one
       taken backwards differ in sign;
-    - is stable on a damped mode `y' = alpha*y` for `h*|alpha| < ln(2)/halve_every`
-      (0.17 at the default), and keeps the base's limit on the imaginary axis.
+    - is stable on a damped mode `y' = alpha*y` for
+      `h*|alpha| < halvings_per_step*ln(2)`, up to the limit of the base (for Tsit5
+      2.8 at four halvings), and keeps the base's limit on the imaginary axis.
 
     In [`reversax.FixedPoint`][] arithmetic each halving sheds one bit per element of
-    the state, which the adjoint keeps: `1/halve_every` bits per step and element. In
-    [`reversax.FloatingPoint`][] undoing `n` steps magnifies round-off by
-    `2**(n/halve_every)`. A smaller `halve_every` damps more and keeps more.
+    the state, which the adjoint keeps. In [`reversax.FloatingPoint`][] each doubles the
+    round-off of what is undone. More halvings damp more and keep more; on a problem
+    that is not damped their number changes next to nothing.
+
+    By default, "auto", they are spread over the solve: four at each of up to 64
+    constant steps; fewer at more steps, so that they are 256 in all, for which
+    `|alpha|*T < 177` suffices; but at least one at every fourth step. With a
+    controller that adapts they follow time, up to four a step. Under the adjoints of
+    Diffrax, which need no bits, "auto" is four at every step.
     """
 
-    halve_every: int = eqx.field(  # pyright: ignore[reportIncompatibleMethodOverride]
-        default=4, converter=_as_halve_every, static=True
+    halvings_per_step: int | float | str = eqx.field(
+        default="auto", converter=_as_halvings_per_step, static=True
     )
 
-    def _where_halved(
-        self, index: Index, pair: Pair, move: Callable[[], tuple], skip: bool
-    ) -> Pair:
-        """The moved pair at the steps that halve, and `pair` at the others."""
-        _, phase = divided(index, self.halve_every)
-        halves = phase == self.halve_every - 1
-        choose = lambda a, b: jnp.where(halves, a, b)
-        moved = lambda: jtu.tree_map(choose, Pair(*move()), pair)
-        if not skip:
-            return moved()
-        # Few steps do halve, so that skipping is worth a conditional. One for all the
-        # lanes of a batch, for it to remain one.
-        return lax.cond(unvmap_any(halves), moved, lambda: pair)
+    @property
+    def halves(self) -> bool:
+        return True
 
-    def mix(self, arithmetic: AbstractArithmetic, pair: Pair, index: Index) -> Pair:
-        halve = lambda: arithmetic.halve_gap(pair.y, pair.z)
-        return self._where_halved(index, pair, halve, arithmetic.exact)  # (S)
+    def schedule(self, start: Index, chosen: AbstractSchedule) -> AbstractSchedule:
+        number = self.halvings_per_step
+        if isinstance(number, str):
+            return chosen
+        p, q = (number, 1) if isinstance(number, int) else (1, round(1 / number))
+        return PerStep(p, q, start)
+
+    def mix(self, arithmetic: AbstractArithmetic, pair: Pair, halvings: Count) -> Pair:
+        halve = lambda: Pair(*arithmetic.halve_gap(pair.y, pair.z, halvings))
+        return _where_halved(arithmetic, pair, halvings, halve)  # (S)
 
     def unmix(
         self,
         arithmetic: AbstractArithmetic,
         pair: Pair,
-        index: Index,
+        halvings: Count,
         shed_bits: Callable[[], Any],
     ) -> Pair:
-        double = lambda: arithmetic.double_gap(pair.y, pair.z, shed_bits())
-        return self._where_halved(index, pair, double, arithmetic.exact)  # (S)
+        double = lambda: Pair(
+            *arithmetic.double_gap(pair.y, pair.z, halvings, shed_bits())
+        )
+        return _where_halved(arithmetic, pair, halvings, double)  # (S)
 
     def readout(self, pair: Pair) -> State:
         return jtu.tree_map(lambda y, z: (y + z) / 2, pair.y, pair.z)  # (S)
 
     @property
-    def amplification(self) -> float:
-        return math.log(2) / self.halve_every
+    def amplification(self) -> float | None:
+        number = self.halvings_per_step
+        return None if isinstance(number, str) else math.log(2) * number
 
     @property
     def watches_gap(self) -> bool:
@@ -180,10 +190,27 @@ class Symmetric(AbstractCoupling):
         return base_order + base_order % 2
 
 
-Symmetric.__init__.__doc__ = """**Arguments:**
+def _where_halved(
+    arithmetic: AbstractArithmetic,
+    pair: Pair,
+    halvings: Count,
+    moved: Callable[[], Pair],
+) -> Pair:
+    """The moved pair. (Without halvings it is `pair`.)"""
+    if isinstance(halvings, int) or not arithmetic.exact:
+        return moved()
+    # Of many steps few do halve, so that skipping is worth a conditional. One for all
+    # the lanes of a batch, for it to remain one.
+    return lax.cond(unvmap_any(halvings > 0), moved, lambda: pair)
 
-- `halve_every`: the gap is halved at every so many accepted steps; a Python integer of
-    at least 1.
+
+Symmetric.__init__.__doc__ = f"""**Arguments:**
+
+- `halvings_per_step`: how many times the gap is halved at each accepted step: "auto",
+    a Python integer from 1 to {_MOST_OF_ALL}, or `1/m`, which halves it once at every
+    `m`-th step. More than {MOST} are of no use to an explicit base, and fewer than
+    1/{SELDOM} suit only problems that are hardly damped, or are solved in very many
+    steps.
 
 **Raises:** `ValueError` for anything else.
 """
@@ -232,7 +259,14 @@ class McCallumFoster(AbstractCoupling):
         default=0.999, converter=_as_coupling_parameter, static=True
     )
 
-    def mix(self, arithmetic: AbstractArithmetic, pair: Pair, index: Index) -> Pair:
+    @property
+    def halves(self) -> bool:
+        return False
+
+    def schedule(self, start: Index, chosen: AbstractSchedule) -> AbstractSchedule:
+        return PerStep(0, 1, start)
+
+    def mix(self, arithmetic: AbstractArithmetic, pair: Pair, halvings: Count) -> Pair:
         lam = self.coupling_parameter
         y = jtu.tree_map(lambda y, z: lam * y + (1 - lam) * z, pair.y, pair.z)  # (MF)
         return Pair(y, pair.z)
@@ -241,7 +275,7 @@ class McCallumFoster(AbstractCoupling):
         self,
         arithmetic: AbstractArithmetic,
         pair: Pair,
-        index: Index,
+        halvings: Count,
         shed_bits: Callable[[], Any],
     ) -> Pair:
         lam = self.coupling_parameter
@@ -250,10 +284,6 @@ class McCallumFoster(AbstractCoupling):
 
     def readout(self, pair: Pair) -> State:
         return pair.y
-
-    @property
-    def halve_every(self) -> None:
-        return None
 
     @property
     def amplification(self) -> float:

@@ -6,25 +6,22 @@ from typing import Any, NamedTuple, cast
 
 import diffrax as dfx
 import equinox as eqx
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from ._clock import Clock, ClosedController, Sensitivity, any_of
-from ._compat import NONFINITE, integration_loop, while_loop
+from ._compat import DIVERGED, integration_loop, while_loop
 from ._coupling import Pair
 from ._event import reading_out
+from ._halvings import Count
 from ._increment import AbstractIncrement
 from ._pair import Scheme
 from ._psi import NO_LANES, Lanes, Psi
 from ._setup import CALL, Setup, saveat_with
-from ._solver import ClosedSolver, Interpolated, TwinState, is_finite
-from ._tape import (
-    AbstractTimes,
-    PrescribedTimes,
-    Record,
-    Recorder,
-    Tape,
-    recording_while_loop,
-)
+from ._solver import ClosedSolver, Interpolated, Progress, TwinState, result_of
+from ._tape import Record, Recorder, Tape, recording_while_loop
+from ._times import AbstractTimes, PrescribedTimes
+from ._watch import APART, SOUND, Watch, begin, look
 
 
 class Forward(NamedTuple):
@@ -35,6 +32,8 @@ class Forward(NamedTuple):
     aux_stats: dict
     pair: Pair
     record: Record
+    num_shed: Count
+    """How many halvings were made."""
 
 
 def run(
@@ -58,20 +57,25 @@ def run(
     times = isolated and any_of(varied)
     options = isolated, setup.error, setup.dense, times
     psi = Psi(diff, nondiff, lanes.axes, lanes.axis_name, *options, lanes.lane)
-    solver = ClosedSolver(scheme, psi, setup.base_interpolation_cls, setup.error_order)
+    solver = ClosedSolver(
+        *(scheme, psi, plan.schedule, setup.look_every),
+        *(setup.base_interpolation_cls, setup.error_order),
+    )
     fns = [_save_with(fn, scheme) for fn in fns]
     saveat = saveat_with(setup.saveat, fns, clock.ts)
     controller = _recorder(setup, clock, varied)
     controller_state = controller.begin(clock.controller_state, clock.t0, pair0)
     interval = clock.t0, clock.first_end
     no_step = (None, None) if setup.event is None else (clock.t0, clock.t0)
+    zero = jnp.zeros((), jnp.int32)
+    progress = Progress(zero, begin(scheme.readout(pair0), clock.t0, zero))
     init_state = eqx.tree_at(
         lambda s: (
             *(s.y, s.solver_state, s.controller_state),
             *(s.tprev, s.tnext, s.event_tprev, s.event_tnext),
         ),
         setup.init_state,
-        (pair0, plan.steps_before, controller_state, *interval, *no_step),
+        (pair0, progress, controller_state, *interval, *no_step),
         is_leaf=lambda x: x is None,
     )
     final_state, aux_stats = integration_loop(
@@ -82,7 +86,7 @@ def run(
         t0=clock.t0,
         t1=clock.t1,
         dt0=None,
-        max_steps=setup.max_steps,
+        max_steps=setup.plan.max_steps,
         terms=None,
         args=None,
         init_state=init_state,
@@ -90,7 +94,7 @@ def run(
         outer_while_loop=recording_while_loop,
         progress_meter=setup.progress_meter,
     )
-    return _taken_apart(final_state, aux_stats, scheme)
+    return _taken_apart(final_state, aux_stats, setup)
 
 
 def run_for_derivative(
@@ -133,27 +137,40 @@ def _recorder(setup: Setup, clock: Clock, varied: PyTree[bool]) -> Recorder:
     )
 
 
-def _taken_apart(final_state: Any, aux_stats: dict, scheme: Scheme) -> Forward:
+def _taken_apart(final_state: Any, aux_stats: dict, setup: Setup) -> Forward:
     """What the loop returns, in its parts."""
     pair, recorded = final_state.y, final_state.controller_state
-    result = final_state.result
-    if scheme.arithmetic.exact:
-        # Looked at now, not at every step, so that lanes of a batch that take the same
-        # steps may share a clock: what is not finite remains so.
-        failed = dfx.is_okay(result) & ~is_finite(scheme, pair)
-        result = dfx.RESULTS.where(failed, NONFINITE, result)
+    progress, scheme = final_state.solver_state, setup.scheme
+    # Only now are its steps stopped by what was seen, so that lanes of a batch that
+    # take the same steps may share a clock: what is not sound remains so.
+    seen = scheme, pair, final_state.tprev, progress.num_steps
+    watch, result = look(progress.watch, *seen), final_state.result
+    watch = _with_last_try(watch, result, recorded.tried)
+    result = dfx.RESULTS.where(watch.is_sound, result, result_of(watch))
+    num_steps = setup.steps_before + progress.num_steps
     final_state = eqx.tree_at(
         lambda s: (s.y, s.solver_state, s.controller_state, s.result),
         final_state,
         (
             scheme.readout(pair),
-            TwinState(pair, final_state.solver_state),
+            TwinState(pair, num_steps, watch),
             recorded.inner,
             result,
         ),
         is_leaf=lambda x: x is None,
     )
-    return Forward(final_state, aux_stats, pair, recorded.record)
+    return Forward(final_state, aux_stats, pair, recorded.record, recorded.num_shed)
+
+
+def _with_last_try(watch: Watch, result: dfx.RESULTS, tried: Any) -> Watch:
+    """What was seen, and what of the last step that was tried: a controller that gave
+    up may have been rejecting steps that were no numbers; and one whose twins were too
+    far apart for it has stopped."""
+    state = jnp.where(result == DIVERGED, APART, watch.state)
+    if tried is not None:
+        gave_up = ~dfx.is_okay(result) & (state == SOUND)
+        state = jnp.where(gave_up, tried, state)
+    return eqx.tree_at(lambda w: w.state, watch, state.astype(watch.state.dtype))
 
 
 def _save_with(fn: Callable, scheme: Scheme) -> Callable:

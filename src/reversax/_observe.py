@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, PyTree, Real
 from ._arithmetic import State
 from ._clock import inexact
 from ._control import Time
-from ._coupling import Index
+from ._halvings import Index
 from ._pair import StepEnds, TwinInterpolation, dense_info
 
 

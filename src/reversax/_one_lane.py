@@ -10,16 +10,18 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
 from ._arithmetic import State
-from ._certificate import Scale, checked_tangents, largest_of_pair, round_trip
+from ._certificate import checked_tangents, largest_of_pair, round_trip
 from ._clock import Clock, any_of, inexact, pull_through
 from ._control import Time
-from ._coupling import Index, Pair
+from ._coupling import Pair
 from ._forward import tape_of
+from ._halvings import Count, Index
 from ._increment import AbstractIncrement
 from ._observe import Observation, Pulled, add_trees, zeros_like_inexact
 from ._pair import Scheme, StepEnds, dense_info
 from ._setup import Setup
 from ._tape import Record, Tape
+from ._watch import Scale
 
 
 class Outputs(NamedTuple):
@@ -154,32 +156,36 @@ class Lane(eqx.Module):
         decoded = self.scheme.decode(pair)
         return jax.vjp(self.scheme.coupling.readout, decoded)[1](ct_readout)[0]
 
-    def unmix(self, pair: Pair, index: Index) -> Pair:
-        """(BC)."""
-        steps = self.tape.plan.steps_before + index
-        return self.scheme.unmix(pair, steps, lambda: self.tape.shed_bits(index))
+    def halved(self, index: Index, shed: Count) -> "Halved":
+        """The halvings of a step, given those that it and those before it made."""
+        number = self.tape.halvings(index)
+        return Halved(number, jnp.asarray(shed) - jnp.asarray(number, jnp.uint32))
 
-    def pull_mix(self, ct_mixed: Pair, pair0: Pair, index: Index) -> Pair:
+    def unmix(self, pair: Pair, halved: "Halved") -> Pair:
+        """(BC)."""
+        shed_bits = lambda: self.tape.shed_bits(halved.before, halved.number)
+        return self.scheme.unmix(pair, halved.number, shed_bits)
+
+    def pull_mix(self, ct_mixed: Pair, pair0: Pair, halved: "Halved") -> Pair:
         """(TC)."""
-        steps = self.tape.plan.steps_before + index
-        mix = lambda pair: self.scheme.mix_states(pair, steps)
+        mix = lambda pair: self.scheme.mix_states(pair, halved.number)
         return jax.vjp(mix, self.scheme.decode(pair0))[1](ct_mixed)[0]
 
     def unmix_and_pull(
-        self, mixed: Pair, ct_mixed: Pair, index: Index
+        self, mixed: Pair, ct_mixed: Pair, halved: "Halved"
     ) -> tuple[Pair, Pair]:
         """(BC) and (TC)."""
-        pair0 = self.unmix(mixed, index)
-        return pair0, self.pull_mix(ct_mixed, pair0, index)
+        pair0 = self.unmix(mixed, halved)
+        return pair0, self.pull_mix(ct_mixed, pair0, halved)
 
     def restart(
-        self, pair0: Pair, index: Index, scale: Scale
+        self, pair0: Pair, index: Index, halved: "Halved", scale: Scale
     ) -> tuple[Pair, list[Float[Array, ""]]]:
         """The kept pair in the place of a reconstructed one, where there is one, and by
         how much that was off; nothing if no pairs are kept."""
         if self.tape.record.pairs is None:
             return pair0, []
-        at, kept = self.tape.kept_pair(index, pair0)
+        at, kept = self.tape.kept_pair(index, halved.before, pair0)
         errors = round_trip(self.scheme, pair0, kept, scale)
         zero = jnp.zeros(())
         kept, _ = checked_tangents(self.round_trip_tolerance, kept, pair0, zero)
@@ -268,6 +274,14 @@ class Lane(eqx.Module):
         ct = self.ct_dense.of_step(index, (t0, t1), ends)
         ct_ends, ct_interval = add_trees((ct_ends, ct_interval), ct)
         return inside._replace(ct_ends=ct_ends, ct_interval=ct_interval)
+
+
+class Halved(NamedTuple):
+    """How many halvings a step made, and how many were made before it. (A number that
+    Python knows is one for all lanes.)"""
+
+    number: Count
+    before: Count
 
 
 class Inside(NamedTuple):

@@ -25,7 +25,17 @@ The increments do not quite cancel: their sum is what the step adds to the gap `
     (E)    e = Psi_{h}(t0, z) + Psi_{-h}(t1, y1)
 
 which is of order `h**(k + 1)` for a base of odd order `k`, `h**(k + 2)` for even, and
-`h J (y - z)` where the twins are already apart, with `J` the Jacobian of the field.
+`h J (y - z)` where the twins are already apart, with `J` the Jacobian of the field. A
+controller is told of it and of the base's own estimate `u`, with `b` the halvings of
+this step,
+
+    (U)    |u| + 5/2 * sqrt(|u|*|e|) + 2**-b * |e|
+
+where the geometric mean counts most. On a smooth solution both are of one size, and (E)
+sees errors of which `u` knows nothing; where steps are about as long as stability
+allows, (E) is up to `exp(h*|J|)` times `u`, and as a plain sum it would have steps
+rejected at every turn; and where `u` is blind to a gap that widens, because few
+halvings are made, the last term has it.
 
 Between the ends of a step, `theta` running from 0 to 1, the solution is the base's own
 interpolant `u` of its step from `z` plus the linear change of the difference between
@@ -49,9 +59,10 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ._arithmetic import AbstractArithmetic, FloatingPoint, State
+from ._arithmetic import AbstractArithmetic, FloatingPoint, State, power_of_two
 from ._control import Half, Time
-from ._coupling import AbstractCoupling, Index, Pair
+from ._coupling import AbstractCoupling, Pair
+from ._halvings import Count
 from ._increment import Core
 
 
@@ -62,9 +73,9 @@ class Scheme(eqx.Module):
     arithmetic: AbstractArithmetic
 
     @property
-    def sheds_every(self) -> int | None:
-        """At every how many steps a bit of each element of the state is shed."""
-        return self.coupling.halve_every if self.arithmetic.exact else None
+    def sheds(self) -> bool:
+        """Whether halvings shed a bit of each element of the state."""
+        return self.coupling.halves and self.arithmetic.exact
 
     def decode(self, pair: Pair) -> Pair:
         """The twins' states; or the cotangents of these, from those of a pair."""
@@ -80,20 +91,25 @@ class Scheme(eqx.Module):
     def readout(self, pair: Pair) -> State:
         return self.coupling.readout(self.decode(pair))
 
-    def mix(self, pair: Pair, index: Index) -> Pair:
-        return self.coupling.mix(self.arithmetic, pair, index)  # (C)
+    def mix(self, pair: Pair, halvings: Count) -> Pair:
+        return self.coupling.mix(self.arithmetic, pair, halvings)  # (C)
 
-    def unmix(self, pair: Pair, index: Index, shed_bits: Callable[[], Any]) -> Pair:
-        return self.coupling.unmix(self.arithmetic, pair, index, shed_bits)  # (BC)
+    def unmix(self, pair: Pair, halvings: Count, shed_bits: Callable[[], Any]) -> Pair:
+        return self.coupling.unmix(self.arithmetic, pair, halvings, shed_bits)  # (BC)
 
-    def mix_states(self, pair: Pair, index: Index) -> Pair:
+    def mix_states(self, pair: Pair, halvings: Count) -> Pair:
         """(C) on decoded states; linear."""
-        return self.coupling.mix(FloatingPoint(), pair, index)
+        return self.coupling.mix(FloatingPoint(), pair, halvings)
 
     def difference(self, a: Pair, b: Pair) -> Pair:
         """`a - b`, decoded."""
         difference = self.arithmetic.difference
         return Pair(difference(a.y, b.y), difference(a.z, b.z))
+
+    def gap(self, pair: Pair) -> State:
+        """`y - z`, decoded twin by twin."""
+        twins = self.decode(pair)
+        return jtu.tree_map(lambda y, z: y - z, twins.y, twins.z)
 
     def start(self, y0: State) -> Pair:
         """Both twins at `y0`."""
@@ -156,14 +172,13 @@ class Step(NamedTuple):
 def take_step(
     scheme: Scheme,
     pair0: Pair,
-    index: Index,
+    halvings: Count,
     halves: Half,
     core: Callable[[Half, State], Core],
 ) -> Step:
-    """(C), (F1), (F2): `core(half, .)` is the increment over one of the `halves`, and
-    `index` counts the accepted steps."""
+    """(C), (F1), (F2): `core(half, .)` is the increment over one of the `halves`."""
     arithmetic = scheme.arithmetic
-    mixed = scheme.mix(pair0, index)  # (C)
+    mixed = scheme.mix(pair0, halvings)  # (C)
 
     def take_half(twins, half: Half):
         a, b = twins
@@ -204,7 +219,9 @@ def undo_step(
     return Pair(y, z), extra, out
 
 
-def error_estimate(increments: State, error: State | None, watches_gap: bool) -> State:
+def error_estimate(
+    increments: State, error: State | None, halvings: Count, watches_gap: bool
+) -> State:
     """What a controller should keep small: the base's estimate and (E), or one of them.
 
     `increments` are those of both halves, stacked, `error` the base's estimate.
@@ -216,10 +233,17 @@ def error_estimate(increments: State, error: State | None, watches_gap: bool) ->
     gap = jtu.tree_map(lambda x: jnp.abs(x[0] + x[1]), increments)  # (E)
     if error is None:
         return gap
-    error = jtu.tree_map(lambda e, g: jnp.asarray(e, g.dtype), error, gap)
+    error = jtu.tree_map(lambda e, g: jnp.abs(jnp.asarray(e, g.dtype)), error, gap)
     if not watches_gap:
         return error
-    return jtu.tree_map(lambda e, g: jnp.abs(e) + g, error, gap)
+
+    def both(u, e):
+        # Of the square roots, whose product cannot underflow. At zero their derivative
+        # is not finite, and no controller has one with respect to its error.
+        mean = lax.stop_gradient(jnp.sqrt(u) * jnp.sqrt(e))
+        return u + 2.5 * mean + e / power_of_two(halvings, e.dtype)  # (U)
+
+    return jtu.tree_map(both, error, gap)
 
 
 class StepEnds(NamedTuple):

@@ -61,7 +61,8 @@ class _ThereAndBack(dfx.AbstractAdjoint):
         record = forward.record
         lane = make_lane(parts, setup, record, none, (num_steps, None), perturbed)
         psi = Walk(lane, None, None).psi
-        reconstructed = walk_back_without_cotangents(lane, psi, forward.pair, num_steps)
+        counts = num_steps, forward.num_shed
+        reconstructed = walk_back_without_cotangents(lane, psi, forward.pair, *counts)
         error = setup.scheme.difference(reconstructed, pair0)
         return forward.final_state, dict(forward.aux_stats, round_trip_error=error)
 

@@ -10,7 +10,9 @@ so after `K` of them the round trip is off by about
 
     eps * exp(a*K) / sqrt(2*a)   <=   tolerance / 4                                 (K)
 
-where the four is to spare.
+where the four is to spare. Where the number of halvings follows from the solve, so that
+`a` is not known, `a = ln(2)/4` is the smallest that it can be, and `exp(a*K)` the
+power of two of the halvings, by which the pair is kept.
 """
 
 import math
@@ -24,14 +26,19 @@ from jaxtyping import Array, PyTree
 
 from ._arithmetic import State
 from ._clock import Clock, Moment, close_controller, just_below
-from ._control import Time
+from ._compat import number_of_steps
+from ._control import Time, direction_of
+from ._coupling import Symmetric
 from ._event import close_event, without_derivatives
+from ._halvings import MOST, SELDOM, AbstractSchedule, Index, over_steps, over_time
 from ._increment import make_increment
 from ._observe import close_fn, is_subsaveat
 from ._pair import Scheme
 from ._problem import check_problem
-from ._solver import Reversible, TwinState
-from ._tape import Plan, prescribes_times
+from ._solver import Reversible, TwinState, first_state
+from ._tape import Plan, Restarts
+from ._times import prescribes_times
+from ._watch import begin, look_every
 
 CALL = "`diffrax.diffeqsolve(..., adjoint=reversax.ReversibleAdjoint())`"
 
@@ -40,6 +47,12 @@ class Setup(eqx.Module):
     """All of a solve that is not differentiated."""
 
     plan: Plan
+    steps_before: Index
+    """How many steps were taken before the solve, if it resumes another."""
+    look_every: Any
+    """At every how many steps to look whether the twins are together."""
+    direction: Any
+    """Of time as the user has it, 1 or -1."""
     base_interpolation_cls: Any = eqx.field(static=True)
     error_order: Any
     error: bool = eqx.field(static=True)
@@ -55,7 +68,6 @@ class Setup(eqx.Module):
     """Diffrax's own, with nothing in the places of `y`, of the times, and of the states
     of solver and controller."""
     just_below_t1: Time
-    max_steps: int | None = eqx.field(static=True)
     progress_meter: dfx.AbstractProgressMeter
     backward_meter: dfx.AbstractProgressMeter
     round_trip_tolerance: float | None = eqx.field(static=True)
@@ -107,13 +119,15 @@ def _check_call(
             "without an event use `diffrax.ConstantStepSize()` or "
             "`diffrax.StepTo(...)`, which need no record."
         )
-    if max_steps is None and solver.scheme.sheds_every is not None:
+    if max_steps is None and solver.scheme.sheds:
+        number = cast(Symmetric, solver.coupling).halvings_per_step
+        shed = f"at least 1/{SELDOM}" if isinstance(number, str) else f"{number:g}"
         raise ValueError(
             f"{call} got `max_steps=None` with `arithmetic=reversax.FixedPoint(...)`. "
-            "The bits that its steps shed are recorded, "
-            f"{1 / solver.scheme.sheds_every:g} bits a step for each element of the "
-            "state, so the number of steps must be bounded: pass `max_steps=...`, or "
-            "use `arithmetic=reversax.FloatingPoint()`, which needs no record."
+            f"The bits that its steps shed are recorded, {shed} bits a step for each "
+            "element of the state, so the number of steps must be bounded: pass "
+            "`max_steps=...`, or use `arithmetic=reversax.FloatingPoint()`, which "
+            "needs no record."
         )
     is_number = type(restart_every) is int and restart_every >= 1
     if not (is_number or restart_every in (None, "auto")):
@@ -129,25 +143,30 @@ def _check_call(
         )
 
 
-def _restart_every(
+def _restarts(
     asked: int | str | None,
     scheme: Scheme,
     y0: State,
     max_steps: int | None,
     tolerance: float | None,
-) -> int | None:
-    """At every how many steps to keep the pair, (K)."""
+) -> Restarts | None:
+    """Where to keep the pair, (K)."""
     if asked != "auto":
-        return cast(int | None, asked)
+        return None if asked is None else Restarts(cast(int, asked))
     leaves, rate = jtu.tree_leaves(y0), scheme.coupling.amplification
     if scheme.arithmetic.exact or max_steps is None or rate == 0 or not leaves:
         return None
     eps = max(float(jnp.finfo(x.dtype).eps) for x in leaves)
     if tolerance is None or tolerance == math.inf:  # Not to check is not to be wrong.
         tolerance = math.sqrt(eps)
-    digits = tolerance / (4 * eps) * math.sqrt(2 * rate)
-    every = max(1, int(math.log(max(digits, 1)) / rate))  # (K)
-    return every if every < max_steps else None
+    slowest = math.log(2) / SELDOM if rate is None else rate
+    digits = math.log(max(tolerance / (4 * eps) * math.sqrt(2 * slowest), 1))
+    if rate is None:
+        # A pair is kept at the step that has the last bit of them, or more.
+        bits = int(digits / math.log(2)) - (MOST - 1)
+        return Restarts(max(1, bits), counts_bits=True)
+    every = max(1, int(digits / rate))  # (K)
+    return Restarts(every) if every < max_steps else None
 
 
 def _records_times(controller: Any, event: dfx.Event | None) -> bool:
@@ -166,12 +185,27 @@ def _finite(t1: Array, event: dfx.Event | None) -> Array:
     )
 
 
-def _first_state(scheme: Scheme, y0: State, given: Any, passed: bool) -> TwinState:
+def _first_state(
+    scheme: Scheme, t0: Time, y0: State, given: Any, passed: bool
+) -> TwinState:
     """The solver's state before the first step. If the user passed none, a new one, so
     that the derivative with respect to `y0` passes through no other."""
-    if passed:
-        return TwinState(scheme.rebase(given.pair, y0), given.num_steps)
-    return TwinState(scheme.start(y0), jnp.zeros((), jnp.int32))
+    if not passed:
+        return first_state(scheme, t0, y0)
+    watch = begin(y0, t0, jnp.zeros((), jnp.int32))
+    return TwinState(scheme.rebase(given.pair, y0), given.num_steps, watch)
+
+
+def _schedule(
+    controller: Any, state: Any, start: Index, solver: Reversible, t0: Time, t1: Time
+) -> tuple[AbstractSchedule, Any]:
+    """How many halvings each step makes, and at every how many steps to look."""
+    if prescribes_times(controller):
+        num_steps = number_of_steps(controller, state)
+        chosen, every = over_steps(num_steps), look_every(num_steps)
+    else:
+        chosen, every = over_time(t0, t1), 1
+    return solver.coupling.schedule(start, chosen), every
 
 
 def set_up(
@@ -199,13 +233,12 @@ def set_up(
     controller = stepsize_controller
     _check_call(call, solver, controller, event, saveat, max_steps, restart_every)
     y0, scheme = init_state.y, solver.scheme
+    first = init_state.controller_state
     check_problem(solver.solver, solver.coupling, (terms, t0, y0, args))
-    state = _first_state(scheme, y0, init_state.solver_state, passed_solver_state)
+    state = _first_state(scheme, t0, y0, init_state.solver_state, passed_solver_state)
     increment = make_increment(solver.solver, terms, args).close(t0, y0)
     fns = [close_fn(sub, args, t0, y0) for sub in _subs(saveat)]
-    error_order = solver.error_order(terms)
-    moment = Moment(t0, init_state.tnext, init_state.controller_state)
-    reads = args, error_order, moment, y0
+    reads = args, solver.error_order(terms), Moment(t0, init_state.tnext, first), y0
     clock = _clock(_finite(t1, event), controller, reads, saveat)
     located = event is not None and event.root_finder is not None
     dense = saveat.dense or located or any(ts is not None for ts in clock.ts)
@@ -214,20 +247,22 @@ def set_up(
         known.update(stepsize_controller=stepsize_controller, max_steps=max_steps)
         event = close_event(event, known, args, t0, y0)
         init_state = without_derivatives(init_state, y0, dense)
-    every = _restart_every(restart_every, scheme, y0, max_steps, round_trip_tolerance)
+    restarts = _restarts(restart_every, scheme, y0, max_steps, round_trip_tolerance)
     times = _records_times(controller, event)
-    plan = Plan(scheme, times, every, max_steps, steps_before=state.num_steps)
+    schedule, every = _schedule(controller, first, state.num_steps, solver, t0, t1)
     return (state.pair, increment, fns, clock), Setup(
-        plan=plan,
+        plan=Plan(scheme, schedule, times, restarts, max_steps),
+        steps_before=state.num_steps,
+        look_every=every,
+        direction=direction_of(terms),
         base_interpolation_cls=solver.solver.interpolation_cls,
-        error_order=error_order,
+        error_order=reads[1],
         error=not prescribes_times(controller),
         dense=dense,
         saveat=_without_arrays(saveat, located),
         event=event,
         init_state=_without_parts(init_state),
         just_below_t1=just_below(t1),
-        max_steps=max_steps,
         progress_meter=progress_meter,
         backward_meter=backward_meter,
         round_trip_tolerance=round_trip_tolerance,

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool
 
-from ._arithmetic import AbstractArithmetic, FixedPoint, FloatingPoint, State
-from ._compat import NONFINITE
+from ._arithmetic import AbstractArithmetic, FloatingPoint, State
+from ._compat import DIVERGED, NONFINITE
 from ._control import Time, brownian_paths, halves_of
-from ._coupling import AbstractCoupling, Index, Pair, Symmetric
+from ._coupling import AbstractCoupling, Pair, Symmetric
+from ._fixed_point import FixedPoint
+from ._halvings import MOST, AbstractSchedule, Count, Index, PerStep
 from ._increment import AbstractIncrement, make_increment
 from ._pair import (
     Scheme,
@@ -27,6 +29,7 @@ from ._pair import (
 )
 from ._problem import check_problem, innermost, layers_of
 from ._psi import Psi
+from ._watch import APART, Watch, begin, look, look_sometimes
 
 _TWO_STATE_SOLVERS = (dfx.ReversibleHeun, dfx.LeapfrogMidpoint, dfx.SemiImplicitEuler)
 
@@ -74,27 +77,30 @@ class TwinState(eqx.Module):
     """The twins, in their arithmetic."""
     num_steps: Index
     """How many steps were accepted."""
+    watch: Watch
+    """What was seen of the twins, and when."""
 
 
 def pair_step(
     scheme: Scheme,
     psi: AbstractIncrement | Psi,
-    t0: Time,
-    t1: Time,
-    state: TwinState,
+    interval: tuple[Time, Time],
+    pair0: Pair,
+    halvings: Count,
     *,
     error: bool,
     dense: bool,
-) -> tuple[TwinState, State | None, dict[str, Any], dfx.RESULTS]:
-    """A reversible step, its error estimate, dense output and result."""
+) -> tuple[Pair, State | None, dict[str, Any], dfx.RESULTS]:
+    """A reversible step from `pair0`, its error estimate, dense output and result."""
+    t0, t1 = interval
     halves = halves_of(t0, t1, psi.contr(t0, t1))
     core = ft.partial(psi.core, extends=error or dense)
-    step = take_step(scheme, state.pair, state.num_steps, halves, core)
+    step = take_step(scheme, pair0, halvings, halves, core)
     ahead, behind = half_of(step.core, 0), half_of(step.core, 1)
     first = half_of(halves, 0)
     advance = psi.extend(first, step.z, ahead, error=error, dense=dense)
     ends = StepEnds(
-        scheme.readout(state.pair),
+        scheme.readout(pair0),
         scheme.readout(step.pair1),
         step.z,
         ahead.increment,
@@ -109,14 +115,15 @@ def pair_step(
     estimate = None
     if error:
         watches_gap = scheme.coupling.watches_gap
-        estimate = error_estimate(step.core.increment, advance.error, watches_gap)
+        estimate = error_estimate(
+            step.core.increment, advance.error, halvings, watches_gap
+        )
     if error and scheme.arithmetic.exact:
         # A controller that adapts rejects such a step.
         estimate = jtu.tree_map(
             lambda e, y: jnp.where(jnp.isnan(y), jnp.inf, e), estimate, ends.readout1
         )
-    state = TwinState(step.pair1, state.num_steps + 1)
-    return state, estimate, dense_info(ends), result
+    return step.pair1, estimate, dense_info(ends), result
 
 
 class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
@@ -157,7 +164,7 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
         self.solver = solver
         self.coupling = coupling
         if arithmetic is None:
-            halves = getattr(coupling, "halve_every", None) is not None
+            halves = getattr(coupling, "halves", False)
             arithmetic = FixedPoint() if halves else FloatingPoint()
         self.arithmetic = arithmetic
 
@@ -174,7 +181,7 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
                     f"no {name}. Pass one from reversax, such as "
                     f"`reversax.{example}()`."
                 )
-        if self.arithmetic.exact and self.coupling.halve_every is None:
+        if self.arithmetic.exact and not self.coupling.halves:
             raise ValueError(
                 "`reversax.Reversible(..., coupling=reversax.McCallumFoster(...), "
                 "arithmetic=reversax.FixedPoint(...))`: each of its steps multiplies "
@@ -234,26 +241,25 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
     def init(self, terms, t0, t1, y0, args) -> TwinState:
         del t1
         check_problem(self.solver, self.coupling, (terms, t0, y0, args))
-        return TwinState(self.scheme.start(y0), jnp.zeros((), jnp.int32))
+        return first_state(self.scheme, t0, y0)
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         del made_jump  # Nothing is carried over from the previous step.
         scheme, increment = self.scheme, make_increment(self.solver, terms, args)
-        pair0 = scheme.rebase(solver_state.pair, y0)
-        state, error, dense_info, result = pair_step(
-            scheme,
-            increment,
-            t0,
-            t1,
-            TwinState(pair0, solver_state.num_steps),
-            error=True,
-            dense=True,
+        pair0, num_steps = scheme.rebase(solver_state.pair, y0), solver_state.num_steps
+        # What the number of halvings may follow from is known to the adjoint only.
+        schedule = self.coupling.schedule(0, PerStep(MOST, 1, 0))
+        halvings = schedule.of_step(num_steps, t0, t1)
+        options = dict(error=True, dense=True)
+        pair, error, dense_info, result = pair_step(
+            scheme, increment, (t0, t1), pair0, halvings, **options
         )
-        if scheme.arithmetic.exact:
-            # (Diffrax drops the result of a step that is rejected.)
-            finite = is_finite(scheme, state.pair)
-            result = dfx.RESULTS.where(finite, result, NONFINITE)
-        return scheme.readout(state.pair), error, dense_info, state, result
+        num_steps = num_steps + 1
+        watch = look(solver_state.watch, scheme, pair, t1, num_steps)
+        # (Diffrax drops the result of a step that is rejected.)
+        result = dfx.RESULTS.where(watch.is_sound, result, result_of(watch))
+        state = TwinState(pair, num_steps, watch)
+        return scheme.readout(pair), error, dense_info, state, result
 
 
 Reversible.__init__.__doc__ = """**Arguments:**
@@ -275,6 +281,16 @@ states (`ReversibleHeun`, `LeapfrogMidpoint`, `SemiImplicitEuler`, `Reversible`)
 """
 
 
+def first_state(scheme: Scheme, t0: Time, y0: State) -> TwinState:
+    zero = jnp.zeros((), jnp.int32)
+    return TwinState(scheme.start(y0), zero, begin(y0, t0, zero))
+
+
+def result_of(watch: Watch) -> dfx.RESULTS:
+    """Of a solve of which something else than soundness was seen."""
+    return dfx.RESULTS.where(watch.state == APART, DIVERGED, NONFINITE)
+
+
 class Interpolated(eqx.Module):
     """A value between the ends of a step, in the place of a pair at an end."""
 
@@ -288,15 +304,26 @@ class ClosedInterpolation(TwinInterpolation):
         return Interpolated(super().evaluate(t0, t1, left))
 
 
+class Progress(eqx.Module):
+    """How far a solve has come, in the adjoint's own loop."""
+
+    num_steps: Index
+    """How many steps were accepted, of this solve."""
+    watch: Watch
+
+
 class ClosedSolver(dfx.AbstractSolver):
     """The same step for the adjoint's own loop, where terms and arguments are already
     inside the increment and it is known whether error and dense output are wanted.
 
-    The loop's state is the pair, and the solver's how many steps were accepted.
+    The loop's state is the pair, and the solver's a [`Progress`][].
     """
 
     scheme: Scheme
     psi: Psi
+    schedule: AbstractSchedule
+    look_every: Any
+    """At every how many steps to look at the twins: a Python number, or an array."""
     base_interpolation_cls: Callable[..., dfx.AbstractLocalInterpolation] = eqx.field(
         static=True
     )
@@ -321,13 +348,16 @@ class ClosedSolver(dfx.AbstractSolver):
 
     @eqx.filter_jit  # Traced once for all that Diffrax's loop traces it for.
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-        state, error, dense_info, result = pair_step(
+        index = solver_state.num_steps
+        pair, error, dense_info, result = pair_step(
             self.scheme,
             self.psi,
-            t0,
-            t1,
-            TwinState(y0, solver_state),
+            (t0, t1),
+            y0,
+            self.schedule.of_step(index, t0, t1),
             error=self.psi.error,
             dense=self.psi.dense,
         )
-        return state.pair, error, dense_info, state.num_steps, result
+        seen = self.scheme, pair, t1, index + 1
+        watch = look_sometimes(solver_state.watch, self.look_every, *seen)
+        return pair, error, dense_info, Progress(index + 1, watch), result

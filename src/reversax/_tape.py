@@ -5,13 +5,21 @@
   one time a step would not do. `ConstantStepSize` and `StepTo` prescribe their times,
   so those are computed again and nothing is kept.
 - In exact arithmetic the bits that the coupling shed, one per element of the state and
-  halving, thirty-two of an element's to a word.
+  halving, thirty-two of an element's to a word; those of one step may begin in one word
+  and end in the next.
 - In floating point, now and then the pair itself, for the way back to restart from.
 
-All of it is written by a wrapper around the controller, the `Recorder`.
+All of it is written by a wrapper around the controller, the `Recorder`. It also asks
+the controller whether the twins are too far apart: whether it would reject a step whose
+error were
+
+    (L)    |y - z| / LIMIT,
+
+since a coupling whose gap no controller watches may let that grow. Healthy solves have
+some tolerances, the published coupling up to some thousands.
 """
 
-import abc
+import functools as ft
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,104 +27,44 @@ import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, PyTree, Real, UInt32
+import numpy as np
+from jaxtyping import Array, PyTree, UInt32
 
-from ._clock import Clock, Moment, Sensitivity, pull_row, pull_through
-from ._compat import buffer_at_set, replayed_end, while_loop
+from ._clock import Moment, Sensitivity
+from ._compat import DIVERGED, buffer_at_set, while_loop
 from ._control import Time
-from ._coupling import Index, Pair, divided
-from ._isolation import isolated_product
+from ._coupling import Pair
+from ._halvings import AbstractSchedule, Count, Index, divided
 from ._pair import Scheme
+from ._times import AbstractTimes, PrescribedTimes, RecordedTimes
+from ._watch import SOUND, why_lost
 
 _BITS = 32
+_REMEMBERED = 16  # Tries.
+LIMIT = 1e4
+"""How many tolerances the twins may be apart."""
 
 
-def prescribes_times(controller: dfx.AbstractStepSizeController) -> bool:
-    """Whether every step's interval is known beforehand."""
-    return type(controller) in (dfx.ConstantStepSize, dfx.StepTo)
+class Restarts(eqx.Module):
+    """Where the pair is kept: at every so many steps, or where so many bits were shed
+    since, if that is how the halvings of a solve are given."""
 
+    every: int = eqx.field(static=True)
+    counts_bits: bool = eqx.field(static=True, default=False)
 
-class AbstractTimes(eqx.Module):
-    """The intervals of the accepted steps, counted from 0, in normalised time."""
+    def number(self, most_steps: int, most_bits: int) -> int:
+        """Not less than how many pairs are kept."""
+        return (most_bits if self.counts_bits else most_steps) // self.every
 
-    @abc.abstractmethod
-    def interval(self, index: Index) -> tuple[Time, Time]:
-        """Where step `index` began and ended."""
-
-    @abc.abstractmethod
-    def previous_end(self, index: Index) -> Time:
-        """Where the step before `index` ended (anywhere, for the first)."""
-
-    @abc.abstractmethod
-    def pull_interval(
-        self, index: Index, ct: tuple[Time, Time], clock: Clock, other: Clock
-    ) -> Clock:
-        """The cotangent of the differentiated part of the clock, from those of the
-        start and the end of a step."""
-
-    def last_of(self, num_steps: Index, t0: Time) -> tuple[Index, Time, Time]:
-        """The last of the first `num_steps` steps: its index, start and end.
-
-        With none left it is a step of no length at `t0`. A lane of a batch that has
-        undone all its steps goes on computing while others are at it; what it computes
-        is thrown away, but must not fail: it stays at the initial time and state.
-        """
-        index = jnp.maximum(num_steps - 1, 0)
-        some = num_steps > 0
-        start, end = self.interval(index)
-        return index, jnp.where(some, start, t0), jnp.where(some, end, t0)
-
-
-class PrescribedTimes(AbstractTimes):
-    """The intervals that `ConstantStepSize` or `StepTo` prescribe."""
-
-    clock: Clock
-    just_below_t1: Time
-
-    def _ends(self, index: Array) -> Array:
-        """The ends of any number of steps."""
-        clock = self.clock
-        controller: Any = clock.controller
-        # With the same bits in both passes: an output saved at the very end of a step
-        # belongs to it, or to the next.
-        end = replayed_end(controller, clock.controller_state, index, isolated_product)
-        end = jnp.where(end > self.just_below_t1, clock.t1, end)
-        return jnp.where(index == 0, clock.first_end, end)
-
-    def interval(self, index: Index) -> tuple[Time, Time]:
-        previous_end, end = self._ends(jnp.stack([index - 1, index]))
-        return jnp.where(index == 0, self.clock.t0, previous_end), end
-
-    def previous_end(self, index: Index) -> Time:
-        return self.interval(index)[0]
-
-    def pull_interval(self, index, ct, clock, other):
-        def interval(clock):
-            return PrescribedTimes(clock, self.just_below_t1).interval(index)
-
-        return pull_through(interval, clock, other, ct)
-
-
-class RecordedTimes(AbstractTimes):
-    """The intervals that a `Recorder` saw."""
-
-    starts: Real[Array, " max_steps"]
-    ends: Real[Array, " max_steps"]
-    derivatives: tuple[Array, Array] | None
-    """Of both, with respect to all numbers of the clock that are differentiated, (J);
-    `None` if none is."""
-
-    def interval(self, index: Index) -> tuple[Time, Time]:
-        return self.starts[index], self.ends[index]
-
-    def previous_end(self, index: Index) -> Time:
-        return self.ends[jnp.maximum(index - 1, 0)]
-
-    def pull_interval(self, index, ct, clock, other):
-        del other
-        assert self.derivatives is not None
-        starts, ends = self.derivatives
-        return pull_row((starts[index], ends[index]), ct, clock)
+    def at(self, index: Index, shed: Count, last: Count) -> tuple[Array, Array]:
+        """Whether the pair that a step starts from is kept, and as which: with `shed`
+        halvings before it, of which `last` in the step before."""
+        if not self.counts_bits:
+            number, phase = divided(index, self.every)
+            return (phase == 0) & (number > 0), jnp.maximum(number, 1) - 1
+        number, _ = divided(shed, self.every)
+        before, _ = divided(jnp.asarray(shed) - last, self.every)
+        return number > before, jnp.maximum(number, 1) - 1
 
 
 class Plan(eqx.Module):
@@ -124,31 +72,17 @@ class Plan(eqx.Module):
     resumes another, not among them."""
 
     scheme: Scheme
+    schedule: AbstractSchedule
     times: bool = eqx.field(static=True)
-    restart_every: int | None = eqx.field(static=True)
-    """At every how many steps the pair is kept."""
+    restarts: Restarts | None
     max_steps: int | None = eqx.field(static=True)
-    steps_before: Index
-    """How many steps were taken before the solve; for the phase of the coupling."""
-
-    def halving(self, index: Index) -> tuple[Array, Array]:
-        """Whether the gap is halved at a step, and which halving of the solve it is."""
-        every = self.scheme.sheds_every
-        assert every is not None
-        number, phase = divided(self.steps_before + index, every)
-        before, _ = divided(self.steps_before, every)
-        return phase == every - 1, number - before
-
-    def restart(self, index: Index) -> tuple[Array, Array]:
-        """Whether the pair that a step starts from is kept, and as which."""
-        assert self.restart_every is not None
-        number, phase = divided(index, self.restart_every)
-        return (phase == 0) & (number > 0), jnp.maximum(number, 1) - 1
 
     def blank(self, t0: Time, pair0: Pair, num_varied: int) -> "Record":
         """An empty record, with derivatives of the times by so many numbers."""
         rows = lambda num, x, dtype: jnp.zeros((num, *jnp.shape(x)), dtype)
-        times, bits, pairs = None, None, None
+        times, bits, pairs, most = None, None, None, 0
+        if self.max_steps is not None:
+            most = self.schedule.most(self.max_steps)
         if self.times:
             empty = rows(self.max_steps, t0, jnp.result_type(t0))
             derivatives = None
@@ -156,14 +90,14 @@ class Plan(eqx.Module):
                 empties = jnp.zeros((*empty.shape, num_varied), empty.dtype)
                 derivatives = empties, empties
             times = RecordedTimes(empty, empty, derivatives)
-        if self.scheme.sheds_every is not None:
+        if self.scheme.sheds:
             assert self.max_steps is not None
-            num = -(-(self.max_steps // self.scheme.sheds_every + 1) // _BITS)
+            num = max(1, -(-most // _BITS))
             states = self.scheme.decode(pair0).y
             bits = jtu.tree_map(lambda x: rows(num, x, jnp.uint32), states)
-        if self.restart_every is not None:
+        if self.restarts is not None:
             assert self.max_steps is not None
-            num = self.max_steps // self.restart_every
+            num = self.restarts.number(self.max_steps, most)
             if num > 0:
                 pairs = jtu.tree_map(lambda x: rows(num, x, x.dtype), pair0)
         return Record(times, bits, pairs)
@@ -184,19 +118,39 @@ class Tape(eqx.Module):
     record: Record
     plan: Plan
 
-    def shed_bits(self, index: Index) -> PyTree[UInt32[Array, "..."]] | None:
-        """What the coupling shed at a step: in the lowest bits, of those steps that
-        shed any."""
+    def halvings(self, index: Index) -> Count:
+        """How many a step made."""
+        return self.plan.schedule.of_step(index, *self.times.interval(index))
+
+    def shed_bits(
+        self, shed: Count, halvings: Count
+    ) -> PyTree[UInt32[Array, "..."]] | None:
+        """What the coupling shed at a step that made so many halvings, with `shed`
+        before it."""
         if self.record.bits is None:
             return None
-        _, halving = self.plan.halving(index)
-        row, shift = divided(halving, _BITS)
-        read = lambda rows: (rows[row] >> shift) & 1
+        row, shift = divided(shed, _BITS)
+        mask = (np.uint32(1) << jnp.asarray(halvings, jnp.uint32)) - np.uint32(1)
+
+        def read(rows):
+            bits = rows[row] >> shift
+            if not self.plan.schedule.fills_words:
+                # (None of the shifts is by a whole word.)
+                bits = bits | ((rows[_next(row, rows)] << 1) << (_BITS - 1 - shift))
+            return bits & mask
+
         return jtu.tree_map(read, self.record.bits)
 
-    def kept_pair(self, index: Index, otherwise: Pair) -> tuple[Array, Pair]:
+    def kept_pair(
+        self, index: Index, shed: Count, otherwise: Pair
+    ) -> tuple[Array, Pair]:
         """Of a record with pairs: whether that of a step's start was kept, and it."""
-        at, row = self.plan.restart(index)
+        restarts, last = self.plan.restarts, 0
+        assert restarts is not None
+        if restarts.counts_bits:
+            last = self.halvings(jnp.maximum(index - 1, 0))
+            shed = jnp.where(index == 0, 0, shed)
+        at, row = restarts.at(index, shed, last)
         read = lambda rows, x: jnp.where(at, rows[row], x)
         return at, jtu.tree_map(read, self.record.pairs, otherwise)
 
@@ -205,8 +159,15 @@ class RecorderState(eqx.Module):
     inner: PyTree
     record: Record
     num_accepted: Index
+    num_shed: Count
+    """How many halvings were made."""
     tangents: PyTree[Array]
     """(J), of the next step, if the times are recorded and differentiated."""
+    tried: Array | None
+    """What was the matter with the last steps that were tried, accepted or not, as
+    `_watch.py` has it; `None` if every step is accepted."""
+    since: Array | None
+    """How many were tried since."""
 
 
 class Recorder(dfx.AbstractStepSizeController):
@@ -239,7 +200,9 @@ class Recorder(dfx.AbstractStepSizeController):
             num_varied = len(tangents.t0)
         record = self.plan.blank(t0, pair0, num_varied)
         zero = jnp.zeros((), jnp.int32)
-        return RecorderState(inner_state, record, zero, tangents)
+        shed = jnp.zeros((), jnp.uint32)
+        tried = zero if self.prescribed is None else None
+        return RecorderState(inner_state, record, zero, shed, tangents, tried, tried)
 
     def adapt_step_size(
         self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
@@ -260,12 +223,31 @@ class Recorder(dfx.AbstractStepSizeController):
             tangents = self.sensitivity.adapt(
                 tangents, moment, adapt, self.just_below_t1
             )
-        index = controller_state.num_accepted
+        index, shed = controller_state.num_accepted, controller_state.num_shed
+        tried, since = controller_state.tried, controller_state.since
         if self.prescribed is not None:
             _, next_t1 = self.prescribed.interval(index + 1)
+        if tried is not None:
+            gap = self.plan.scheme.gap(y1_candidate)
+            share = jtu.tree_map(lambda x: jnp.abs(x) / LIMIT, gap)
+            known = (*states, args, share, error_order)
+            together, *_ = self.controller.adapt_step_size(
+                t0, t1, *known, controller_state.inner
+            )  # (L)
+            apart = keep & ~jnp.asarray(together)
+            result = dfx.RESULTS.where(apart, DIVERGED, result)
+            lost = jnp.stack([jnp.isnan(x).any() for x in jtu.tree_leaves(gap)]).any()
+            why = why_lost(self.plan.scheme, y1_candidate)
+            # A controller feels its way towards a time at which there is no number, in
+            # ever shorter steps, until they have no length, which it does not change.
+            since = jnp.where(lost, 0, since + jnp.where(t1 > t0, 1, 0))
+            forgotten = jnp.where(since > _REMEMBERED, SOUND, tried)
+            tried = jnp.where(lost, why, forgotten).astype(tried.dtype)
+        halvings = self.plan.schedule.of_step(index, t0, t1)
         record = self._record(controller_state, (t0, t1), y0, y1_candidate, keep)
         index = index + jnp.where(keep, 1, 0)
-        state = RecorderState(inner, record, index, tangents)
+        shed = shed + jnp.where(keep, halvings, 0).astype(shed.dtype)
+        state = RecorderState(inner, record, index, shed, tangents, tried, since)
         return keep, next_t0, next_t1, made_jump, state, result
 
     def _record(
@@ -277,7 +259,8 @@ class Recorder(dfx.AbstractStepSizeController):
         keep: Any,
     ) -> Record:
         (times, bits, pairs), plan = state.record, self.plan
-        index = state.num_accepted
+        index, shed = state.num_accepted, state.num_shed
+        halvings = plan.schedule.of_step(index, *interval)
         if times is not None:
             start, end = map(jnp.asarray, interval)
             new = RecordedTimes(start, end, None)
@@ -287,19 +270,35 @@ class Recorder(dfx.AbstractStepSizeController):
             set_row = lambda x, rows: buffer_at_set(rows, index, x, pred=keep)
             times = jtu.tree_map(set_row, new, times)
         if bits is not None:
-            halves, halving = plan.halving(index)
-            row, shift = divided(halving, _BITS)
-            shed = plan.scheme.arithmetic.shed_bits(pair0.y, pair0.z)
+            new = plan.scheme.arithmetic.shed_bits(pair0.y, pair0.z, halvings)
+            add = ft.partial(self._add_bits, shed, halvings, keep)
             # Over what is written first: in the loop a buffer is a tree of its own.
-            add = lambda bit, rows: buffer_at_set(
-                rows, row, rows[row] | (bit << shift), pred=keep & halves
-            )
-            bits = jtu.tree_map(add, shed, bits)
+            bits = jtu.tree_map(add, new, bits)
         if pairs is not None:
-            at, row = plan.restart(index + 1)
+            assert plan.restarts is not None
+            at, row = plan.restarts.at(index + 1, shed + halvings, halvings)
             write = lambda x, rows: buffer_at_set(rows, row, x, pred=keep & at)
             pairs = jtu.tree_map(write, pair1, pairs)
         return Record(times, bits, pairs)
+
+    def _add_bits(
+        self, shed: Count, halvings: Count, keep: Any, new: Array, rows: Any
+    ) -> Any:
+        """Writes the bits of a step behind the `shed` ones."""
+        row, shift = divided(shed, _BITS)
+        keep = keep & (jnp.asarray(halvings) > 0)
+        rows = buffer_at_set(rows, row, rows[row] | (new << shift), pred=keep)
+        if self.plan.schedule.fills_words:
+            return rows
+        more = shift + halvings > _BITS
+        # (None of the shifts is by a whole word.)
+        beyond = (new >> 1) >> (_BITS - 1 - shift)
+        return buffer_at_set(rows, _next(row, rows), beyond, pred=keep & more)
+
+
+def _next(row: Array, rows: Any) -> Array:
+    """The row after one, or the last."""
+    return jnp.minimum(row + 1, rows.shape[0] - 1)
 
 
 def recording_while_loop(

@@ -1,0 +1,108 @@
+"""What a failed solve says: what was the matter, from when on, and what to do first.
+
+A message is chosen when the program runs, by one integer: the fault, and a number that
+the message has in it, a floating-point number of single precision less its last bits.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Int
+
+from ._compat import DIVERGED, NONFINITE
+from ._coupling import Symmetric
+from ._fixed_point import FixedPoint
+from ._halvings import MOST
+from ._setup import CALL, Setup
+from ._watch import APART, OUTGROWN
+
+_KEPT, _CUT = 28, 4
+
+
+def _coded(fault: Array, number: Array) -> Int[Array, ""]:
+    bits = lax.bitcast_convert_type(number.astype(jnp.float32), jnp.uint32)
+    code = (fault.astype(jnp.uint32) << _KEPT) | (bits >> _CUT)
+    return lax.bitcast_convert_type(code, jnp.int32)
+
+
+def _decoded(code: int) -> tuple[int, float]:
+    fault, bits = divmod(code, 2**_KEPT)
+    return fault, float(np.uint32(bits << _CUT).view(np.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Messages:
+    """Those of one setup, by code: for `equinox.branched_error_if`."""
+
+    symmetric: bool
+    exact: bool
+    adaptive: bool
+    largest: str
+
+    def __getitem__(self, code: int) -> str:
+        fault, number = _decoded(code)
+        if fault == APART:
+            return f"{self._driven_apart(number)} ({CALL})"
+        if fault == OUTGROWN:
+            return (
+                "Give the size of the state, `reversax.Reversible(..., "
+                "arithmetic=reversax.FixedPoint(largest=...))`: soon after "
+                f"t = {number:.4g} it was larger than {self.largest}. If it grows "
+                f"without bound, take smaller steps. ({CALL})"
+            )
+        overflowed = "" if self.exact else ", or the state overflowed"
+        return (
+            f"Look at the vector field: soon after t = {number:.4g} it returned NaN or "
+            f"infinity{overflowed}. If it should not have been asked there, take "
+            f"smaller steps. ({CALL})"
+        )
+
+    def _driven_apart(self, needed: float) -> str:
+        what = "damping drove the twins apart, so that the solution is not to be used"
+        if not self.symmetric:
+            return f"Use `coupling=reversax.Symmetric()`, the default: {what}."
+        if not needed > 0 or math.isinf(needed):
+            return f"Take smaller steps: {what}."
+        if needed <= MOST:
+            number = max(1, math.ceil(needed - 0.1))
+            return (
+                f"Use `reversax.Symmetric(halvings_per_step={number})`: {what}. "
+                f"{needed:.2g} halvings a step would have kept them together."
+            )
+        most = f"`reversax.Symmetric(halvings_per_step={MOST})`"
+        if self.adaptive:
+            return f"Use {most}, and a smaller tolerance: {what}."
+        return (
+            f"Take steps of at most {MOST / needed:.2g} of their length with {most}: "
+            f"{what}."
+        )
+
+
+def _messages(setup: Setup, dtypes: list) -> Messages:
+    scheme, arithmetic = setup.scheme, setup.scheme.arithmetic
+    largest = ""
+    if isinstance(arithmetic, FixedPoint):
+        sizes = {2.0 ** arithmetic.exponent(x) for x in dtypes}
+        largest = " or ".join(f"{size:.2g}" for size in sorted(sizes))
+    symmetric = isinstance(scheme.coupling, Symmetric)
+    return Messages(symmetric, arithmetic.exact, setup.plan.times, largest)
+
+
+def raise_if_failed(final_state: Any, setup: Setup) -> Any:
+    """The final state, which raises if the solve failed by a fault of ours to see."""
+    result, watch = final_state.result, final_state.solver_state.watch
+    needed = watch.growth + setup.plan.schedule.rate(watch.num_steps, watch.time)
+    number = jnp.where(watch.state == APART, needed, watch.time * setup.direction)
+    failed = (result == NONFINITE) | (result == DIVERGED)
+    fault = jnp.where(failed, jnp.maximum(watch.state, APART), 0)
+    dtypes = [x.dtype for x in jtu.tree_leaves(final_state.y)]
+    code = _coded(fault, number)
+    messages: Any = _messages(setup, dtypes)
+    result = eqx.branched_error_if(result, failed, code, messages)
+    return eqx.tree_at(lambda s: s.result, final_state, result)

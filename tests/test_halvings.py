@@ -1,0 +1,180 @@
+"""How many halvings each step makes, and that both passes make the same ones."""
+
+import math
+from fractions import Fraction
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import SameScheme, network_arguments, network_field, relative_difference
+from hypothesis import given, settings, strategies as st
+
+import reversax as rvx
+from reversax import _coupling, _tape
+from reversax._halvings import OverTime, PerStep, over_steps, over_time
+
+Y0 = jnp.array([[0.3, -0.7, 1.1]])
+ARGS = network_arguments()
+PID = dfx.PIDController(rtol=1e-6, atol=1e-9)
+quickly = settings(max_examples=40, deadline=None)
+
+
+def made(schedule, times):
+    """By each of these steps."""
+    of_step = jax.jit(
+        jax.vmap(lambda k, t0, t1: jnp.asarray(schedule.of_step(k, t0, t1)))
+    )
+    return np.asarray(of_step(jnp.arange(len(times) - 1), times[:-1], times[1:]), int)
+
+
+def steps(num):
+    return jnp.linspace(0.0, 1.0, num + 1)
+
+
+@pytest.mark.parametrize("num", [1, 7, 64, 65, 100, 255, 256, 700, 1023, 1024, 5000])
+def test_a_known_number_of_steps_shares_256_bits_evenly(num):
+    """(P), by exact fractions."""
+    schedule = over_steps(jnp.array(num))
+    rate = min(max(Fraction(256, num), Fraction(1, 4)), Fraction(4))
+    until = [math.floor(k * rate) for k in range(num + 1)]
+    found = made(schedule, steps(num))
+    assert found.tolist() == np.diff(until).tolist()
+    assert found.max() <= 4 and found.sum() <= max(256, num // 4)
+    assert found.sum() <= schedule.most(num)
+    assert float(schedule.rate(0, 0.0)) == pytest.approx(float(rate))
+
+
+def test_steps_without_an_end_make_a_quarter_of_a_halving():
+    found = made(over_steps(jnp.array(-1)), steps(40))
+    assert found.tolist() == [0, 0, 0, 1] * 10
+
+
+@quickly
+@given(st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=300))
+def test_steps_of_a_controller_share_320_bits_by_their_length(lengths):
+    """Four at most, one at least at every fourth step, else what (T) says."""
+    times = np.concatenate([[0.0], np.cumsum(lengths)])
+    schedule = over_time(jnp.array(0.0), jnp.array(times[-1]))
+    found = made(schedule, jnp.asarray(times))
+    share = np.floor(320 * times / times[-1])
+    least = np.arange(len(lengths)) % 4 == 3
+    expected = np.maximum(np.minimum(np.diff(share), 4), least)
+    # Round-off of a time may move a bit to the next step.
+    assert np.abs(found - expected).max() <= 1
+    assert found.max() <= 4 and found[3::4].min(initial=1) >= 1
+    assert found.sum() <= schedule.most(len(lengths))
+
+
+def test_an_interval_without_length_or_end_has_the_least_halvings():
+    for t1, times in ((0.0, jnp.zeros(9)), (jnp.inf, steps(8))):
+        found = made(OverTime(jnp.array(0.0), jnp.array(t1)), times)
+        assert found.tolist() == [0, 0, 0, 1] * 2
+
+
+@pytest.mark.parametrize("halvings", [1, 3, 30, 1 / 3, 1 / 4])
+def test_a_number_given_is_made_in_phase_with_the_steps_before(halvings):
+    schedule = rvx.Symmetric(halvings).schedule(jnp.array(5), over_steps(jnp.array(9)))
+    assert isinstance(schedule, PerStep)
+    rate = Fraction(halvings).limit_denominator(100)
+    expected = [math.floor((k + 1) * rate) - math.floor(k * rate) for k in range(5, 25)]
+    assert made(schedule, steps(20)).tolist() == expected
+    assert sum(expected) <= schedule.most(20)
+
+
+def gradient(adjoint, num, coupling=rvx.Symmetric(), dtype=jnp.float64, **kwargs):  # noqa: B008
+    """Of a solve of so many steps, whose increments fill the bits to the last."""
+    cast = lambda x: jax.tree.map(lambda x: x.astype(dtype), x)
+    solver = rvx.Reversible(dfx.Heun(), coupling, rvx.FixedPoint(largest=2.0**75))
+    if dtype == jnp.float32:
+        solver = rvx.Reversible(dfx.Heun(), coupling, rvx.FixedPoint(largest=2.0**30))
+    steps = dict(dt0=dtype(2 / num), max_steps=num + 1) | kwargs
+
+    @eqx.filter_jit
+    @jax.grad
+    def of(args):
+        solution = dfx.diffeqsolve(
+            dfx.ODETerm(network_field), solver, dtype(0), dtype(2), y0=cast(Y0),
+            args=args, adjoint=adjoint, **steps,
+        )  # fmt: skip
+        return jnp.sum(solution.ys**2)
+
+    return of(cast(ARGS))
+
+
+NUMBERS = [3, 64, 100, 300, 1024, 1500]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("num", NUMBERS)
+def test_constant_steps_are_undone_to_the_bit_however_many_share_the_bits(num, dtype):
+    """The certificate allows no bit: also where those of a step fill two words."""
+    assert jnp.isfinite(gradient(rvx.ReversibleAdjoint(), num, dtype=dtype)[0]).all()
+
+
+@pytest.mark.parametrize("halvings", [1, 3, 5, 30, 1 / 3])
+def test_any_number_of_halvings_is_undone_to_the_bit(halvings):
+    coupling = rvx.Symmetric(halvings)
+    found = gradient(rvx.ReversibleAdjoint(), 50, coupling)
+    direct = gradient(dfx.DirectAdjoint(), 50, coupling)
+    assert relative_difference(found, direct) <= 1e-12
+
+
+@pytest.mark.parametrize("num", [50, 100])
+def test_the_gradient_is_that_of_the_same_halvings(num):
+    found = gradient(rvx.ReversibleAdjoint(), num)
+    direct = gradient(SameScheme(dfx.DirectAdjoint()), num)
+    assert relative_difference(found, direct) <= 1e-12
+    # Without being told, a solver makes four at each step.
+    of_four = gradient(dfx.DirectAdjoint(), num)
+    assert (relative_difference(found, of_four) <= 1e-12) == (num == 50)
+
+
+def test_the_gradient_of_adaptive_steps_is_that_of_the_same_halvings():
+    kwargs = dict(stepsize_controller=PID, dt0=None, max_steps=4096)
+    found = gradient(rvx.ReversibleAdjoint(), 1, **kwargs)
+    direct = gradient(SameScheme(dfx.DirectAdjoint()), 1, **kwargs)
+    assert relative_difference(found, direct) <= 1e-12
+
+
+DAMPED = dict(coupling=rvx.Symmetric(3))
+
+
+def test_a_halving_too_few_undone_is_noticed(monkeypatch):
+    unmix = _coupling.Symmetric.unmix
+
+    def too_few(self, arithmetic, pair, halvings, shed_bits):
+        return unmix(self, arithmetic, pair, halvings - 1, shed_bits)
+
+    monkeypatch.setattr(_coupling.Symmetric, "unmix", too_few)
+    with pytest.raises(eqx.EquinoxRuntimeError, match="did not find the initial state"):
+        gradient(rvx.ReversibleAdjoint(), 30, **DAMPED)
+
+
+@pytest.mark.parametrize("by", [1, 3])
+def test_bits_counted_from_the_wrong_step_are_noticed(monkeypatch, by):
+    read = _tape.Tape.shed_bits
+
+    def wrong(self, shed, halvings):
+        return read(self, jnp.maximum(shed, by) - by, halvings)
+
+    monkeypatch.setattr(_tape.Tape, "shed_bits", wrong)
+    with pytest.raises(eqx.EquinoxRuntimeError, match="did not find the initial state"):
+        gradient(rvx.ReversibleAdjoint(), 30, **DAMPED)
+
+
+def test_bits_beyond_the_end_of_a_word_are_kept(monkeypatch):
+    """What a step sheds may begin in one word and end in the next."""
+    add = _tape.Recorder._add_bits
+
+    def first_word_only(self, shed, halvings, keep, new, rows):
+        self = eqx.tree_at(
+            lambda s: s.plan.schedule, self, rvx.Symmetric(4).schedule(0, None)
+        )
+        return add(self, shed, halvings, keep, new, rows)
+
+    monkeypatch.setattr(_tape.Recorder, "_add_bits", first_word_only)
+    with pytest.raises(eqx.EquinoxRuntimeError, match="did not find the initial state"):
+        gradient(rvx.ReversibleAdjoint(), 30, **DAMPED)
