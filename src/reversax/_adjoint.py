@@ -254,7 +254,7 @@ def _finish(ct, zeros: Array, parts, axes: Axes | None):
 
 _CONTROLLER_STATE_USED = (
     f"{CALL} was differentiated with respect to times (`t0`, `t1`, `dt0`, or others) "
-    "through the `controller_state` that it returned, which it cannot do. Resume without "
+    "through the `controller_state` it returned, which it cannot do. Resume without "
     "that, or with `jax.lax.stop_gradient` of it; or use `RecursiveCheckpointAdjoint`."
 )
 

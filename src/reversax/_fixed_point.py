@@ -252,6 +252,11 @@ class FixedPoint(AbstractArithmetic):
     def double_gap(
         self, y: Code, z: Code, halvings: Count, shed_bits: Any
     ) -> tuple[Code, Code]:
+        def exactly(words, value):
+            exact = self._value(words, value.dtype)
+            exact = jnp.where(jnp.isnan(value), jnp.nan, exact)
+            return words, with_derivative_of(value, exact)
+
         def leaf(y, z, bits):
             a, b = (y.high, y.low), (z.high, z.low)
             upper = _shifted_right(_minus(a, b), 1)
@@ -260,11 +265,12 @@ class FixedPoint(AbstractArithmetic):
             g = high, low + bits.astype(low.dtype)  # (H2)
             c = _minus(g, upper)  # (H2)
             factor = power_of_two(halvings, y.value.dtype)
-            gap = (y.value - z.value) * factor
+            # From the integers: the halved gap has lost the digits of its value.
+            gap = 2 * self._value(g, y.value.dtype)
             move = (y.value - z.value) * ((factor - 1) / 2)
             return (
-                self._number(_plus(a, c), y.value + move, y, gap),
-                self._number(_minus(b, c), z.value - move, z, gap),
+                self._number(*exactly(_plus(a, c), y.value + move), y, gap),
+                self._number(*exactly(_minus(b, c), z.value - move), z, gap),
             )
 
         return _unzip(jtu.tree_map(leaf, y, z, shed_bits, is_leaf=_is_number))
