@@ -209,7 +209,7 @@ def test_lanes_of_very_different_stiffness_of_which_one_runs_out_of_steps():
     (expected, _), direct = total(rates, DIRECT)
     reached = result == dfx.RESULTS.max_steps_reached
     assert reached.tolist() == [False, False, True]
-    assert num_steps[0] < 20 and 200 < num_steps[1] < 400 == num_steps[2]
+    assert num_steps[0] < 20 and 40 < num_steps[1] < 400 == num_steps[2]
     assert abs(value - expected) <= 1e-13 * expected
     # Contraction magnifies round-off in the derivative of the fast lanes.
     assert jnp.max(jnp.abs(ours - direct) / jnp.abs(direct)) <= 1e-9

@@ -35,7 +35,6 @@ from jaxtyping import Array, Float
 from ._coupling import Pair
 from ._guard import agreeing
 from ._pair import Scheme
-from ._solver import is_finite
 from ._watch import Scale, default_tolerance, largest, not_too_small
 
 _SMALLEST_DECADE = -17
@@ -179,7 +178,7 @@ def certificate(
         stated = 0.0 if exact else default_tolerance(leaves)
     # Phrased so that NaN fails.
     failed = ~jnp.stack([x <= stated for x in round_trips]).all()
-    finite = is_finite(scheme, final)
+    finite = scheme.is_finite(final)
     if not throw:
         failed = failed & finite
     index = _message_index(round_trips)

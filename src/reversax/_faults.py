@@ -97,8 +97,7 @@ def _messages(setup: Setup, dtypes: list) -> Messages:
 def raise_if_failed(final_state: Any, setup: Setup) -> Any:
     """The final state, which raises if the solve failed by a fault of ours to see."""
     result, watch = final_state.result, final_state.solver_state.watch
-    needed = watch.growth + setup.plan.schedule.rate(watch.num_steps, watch.time)
-    number = jnp.where(watch.state == APART, needed, watch.time * setup.direction)
+    number = jnp.where(watch.state == APART, watch.needed, watch.time * setup.direction)
     failed = (result == NONFINITE) | (result == DIVERGED)
     fault = jnp.where(failed, jnp.maximum(watch.state, APART), 0)
     dtypes = [x.dtype for x in jtu.tree_leaves(final_state.y)]

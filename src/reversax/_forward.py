@@ -21,7 +21,7 @@ from ._setup import CALL, Setup, saveat_with
 from ._solver import ClosedSolver, Interpolated, Progress, TwinState, result_of
 from ._tape import Record, Recorder, Tape, recording_while_loop
 from ._times import AbstractTimes, PrescribedTimes
-from ._watch import APART, SOUND, Watch, begin, look
+from ._watch import APART, LOST, OUTGROWN, SOUND, Watch, begin
 
 
 class Forward(NamedTuple):
@@ -58,7 +58,7 @@ def run(
     options = isolated, setup.error, setup.dense, times
     psi = Psi(diff, nondiff, lanes.axes, lanes.axis_name, *options, lanes.lane)
     solver = ClosedSolver(
-        *(scheme, psi, plan.schedule, setup.look_every),
+        *(scheme, psi, plan.schedule, setup.look_every, clock.t1),
         *(setup.base_interpolation_cls, setup.error_order),
     )
     fns = [_save_with(fn, scheme) for fn in fns]
@@ -67,8 +67,8 @@ def run(
     controller_state = controller.begin(clock.controller_state, clock.t0, pair0)
     interval = clock.t0, clock.first_end
     no_step = (None, None) if setup.event is None else (clock.t0, clock.t0)
-    zero = jnp.zeros((), jnp.int32)
-    progress = Progress(zero, begin(scheme.readout(pair0), clock.t0, zero))
+    watch = begin(scheme.readout(pair0), clock.t0)
+    progress = Progress(jnp.zeros((), jnp.int32), watch)
     init_state = eqx.tree_at(
         lambda s: (
             *(s.y, s.solver_state, s.controller_state),
@@ -141,11 +141,10 @@ def _taken_apart(final_state: Any, aux_stats: dict, setup: Setup) -> Forward:
     """What the loop returns, in its parts."""
     pair, recorded = final_state.y, final_state.controller_state
     progress, scheme = final_state.solver_state, setup.scheme
-    # Only now are its steps stopped by what was seen, so that lanes of a batch that
-    # take the same steps may share a clock: what is not sound remains so.
-    seen = scheme, pair, final_state.tprev, progress.num_steps
-    watch, result = look(progress.watch, *seen), final_state.result
-    watch = _with_last_try(watch, result, recorded.tried)
+    # Only now is it stopped by what was seen, so that lanes of a batch that take the
+    # same steps may share a clock: what is not sound remains so.
+    watch = _with_last_try(progress.watch, final_state, recorded.tried, scheme)
+    result = final_state.result
     result = dfx.RESULTS.where(watch.is_sound, result, result_of(watch))
     num_steps = setup.steps_before + progress.num_steps
     final_state = eqx.tree_at(
@@ -162,11 +161,14 @@ def _taken_apart(final_state: Any, aux_stats: dict, setup: Setup) -> Forward:
     return Forward(final_state, aux_stats, pair, recorded.record, recorded.num_shed)
 
 
-def _with_last_try(watch: Watch, result: dfx.RESULTS, tried: Any) -> Watch:
+def _with_last_try(watch: Watch, final_state: Any, tried: Any, scheme: Scheme) -> Watch:
     """What was seen, and what of the last step that was tried: a controller that gave
     up may have been rejecting steps that were no numbers; and one whose twins were too
     far apart for it has stopped."""
-    state = jnp.where(result == DIVERGED, APART, watch.state)
+    result, state = final_state.result, watch.state
+    outgrown = (state == LOST) & scheme.outgrown(final_state.y)
+    state = jnp.where(outgrown, OUTGROWN, state)
+    state = jnp.where(result == DIVERGED, APART, state)
     if tried is not None:
         gave_up = ~dfx.is_okay(result) & (state == SOUND)
         state = jnp.where(gave_up, tried, state)

@@ -69,10 +69,6 @@ class AbstractSchedule(eqx.Module):
     def most(self, max_steps: int) -> int:
         """Not less than all the halvings of so many steps."""
 
-    @abc.abstractmethod
-    def rate(self, num_steps: Index, t: Any) -> Any:
-        """How many a step, of the first steps, as far as `t`."""
-
     @property
     @abc.abstractmethod
     def fills_words(self) -> bool:
@@ -80,55 +76,30 @@ class AbstractSchedule(eqx.Module):
 
 
 class PerStep(AbstractSchedule):
-    """`p/q` at each step, a whole number of times, as evenly as can be."""
+    """`p/q` at each step, a whole number of times, as evenly as can be, (P)."""
 
-    p: int = eqx.field(static=True)
-    q: int = eqx.field(static=True)
+    p: Count
+    q: Count
+    """Both Python numbers, or, if they were chosen, both arrays."""
     start: Index
     """How many steps were taken before."""
 
     def of_step(self, index: Index, t0: Any, t1: Any) -> Count:
-        if self.q == 1:
+        if isinstance(self.p, int) and self.q == 1:
             return self.p
-        return _spread(self.start + index, self.p, self.q)  # (P)
-
-    def rate(self, num_steps: Index, t: Any) -> Any:
-        return self.p / self.q
-
-    def most(self, max_steps: int) -> int:
-        return max_steps * self.p // self.q + (self.q > 1)
-
-    @property
-    def fills_words(self) -> bool:
-        return self.p > 0 and 32 % self.p == 0
-
-
-class OverSteps(AbstractSchedule):
-    """A number of bits over `num_steps` steps, (P)."""
-
-    num_steps: UInt32[Array, ""]
-
-    def of_step(self, index: Index, t0: Any, t1: Any) -> Count:
-        return _spread(index, *self._fraction())
-
-    def _fraction(self) -> tuple[UInt32[Array, ""], UInt32[Array, ""]]:
-        """`p` and `q`."""
-        n = self.num_steps
-        few, many = n <= BITS // MOST, n >= BITS * SELDOM
-        p = jnp.where(few, np.uint32(MOST), jnp.where(many, np.uint32(1), BITS))
-        q = jnp.where(few, np.uint32(1), jnp.where(many, SELDOM, n))
-        return p.astype(jnp.uint32), q.astype(jnp.uint32)
-
-    def rate(self, num_steps: Index, t: Any) -> Any:
-        p, q = self._fraction()
-        return p.astype(jnp.float32) / q
+        k = jnp.asarray(self.start + index).astype(jnp.uint32)
+        times = jnp.asarray(self.p, jnp.uint32)
+        until = lambda k: divided(k * times, self.q)[0]
+        return until(k + np.uint32(1)) - until(k)  # (P)
 
     def most(self, max_steps: int) -> int:
+        if isinstance(self.p, int) and isinstance(self.q, int):
+            return max_steps * self.p // self.q + (self.q > 1)
         return max(BITS, max_steps // SELDOM)
 
     @property
     def fills_words(self) -> bool:
-        return False
+        return isinstance(self.p, int) and self.p > 0 and 32 % self.p == 0
 
 
 class OverTime(AbstractSchedule):
@@ -150,10 +121,6 @@ class OverTime(AbstractSchedule):
         share = (t - start) / jnp.where(length == 0, 1, length)
         return (BITS_IN_TIME * jnp.clip(share, 0, 1)).astype(jnp.uint32)
 
-    def rate(self, num_steps: Index, t: Any) -> Any:
-        shed = self._until(t) / jnp.maximum(num_steps, 1).astype(jnp.float32)
-        return jnp.clip(shed, 1 / SELDOM, MOST)
-
     def most(self, max_steps: int) -> int:
         return min(MOST * max_steps, BITS_IN_TIME + max_steps // SELDOM + 1)
 
@@ -162,18 +129,14 @@ class OverTime(AbstractSchedule):
         return False
 
 
-def _spread(index: Index, p: Count, q: Count) -> UInt32[Array, ""]:
-    """(P)."""
-    k, times = jnp.asarray(index).astype(jnp.uint32), jnp.asarray(p, jnp.uint32)
-    until = lambda k: divided(k * times, q)[0]
-    return until(k + np.uint32(1)) - until(k)
-
-
-def over_steps(num_steps: Index) -> OverSteps:
-    """Of a number of steps that is negative where there is no end to them."""
-    endless = np.uint32(2**32 - 1)
+def over_steps(num_steps: Index) -> PerStep:
+    """(P), of a number of steps that is negative where there is no end to them."""
     n = jnp.asarray(num_steps)
-    return OverSteps(jnp.where(n < 0, endless, n.astype(jnp.uint32)))
+    few = (n <= BITS // MOST) & (n >= 0)
+    many = (n >= BITS * SELDOM) | (n < 0)
+    p = jnp.where(few, MOST, jnp.where(many, 1, BITS)).astype(jnp.uint32)
+    q = jnp.where(few, 1, jnp.where(many, SELDOM, n)).astype(jnp.uint32)
+    return PerStep(p, q, 0)
 
 
 def over_time(t0: Any, t1: Any) -> OverTime:

@@ -57,7 +57,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from ._arithmetic import AbstractArithmetic, FloatingPoint, State, power_of_two
 from ._control import Half, Time
@@ -110,6 +110,15 @@ class Scheme(eqx.Module):
         """`y - z`, decoded twin by twin."""
         twins = self.decode(pair)
         return jtu.tree_map(lambda y, z: y - z, twins.y, twins.z)
+
+    def is_finite(self, pair: Pair) -> Bool[Array, ""]:
+        """Whether all of the twins is."""
+        leaves = [jnp.isfinite(x).all() for x in jtu.tree_leaves(self.decode(pair))]
+        return jnp.stack([jnp.array(True), *leaves]).all()
+
+    def outgrown(self, pair: Pair) -> Bool[Array, ""]:
+        """Whether a twin was lost because it became too large."""
+        return self.arithmetic.outgrown((pair.y, pair.z))
 
     def start(self, y0: State) -> Pair:
         """Both twins at `y0`."""

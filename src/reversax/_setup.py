@@ -192,20 +192,18 @@ def _first_state(
     that the derivative with respect to `y0` passes through no other."""
     if not passed:
         return first_state(scheme, t0, y0)
-    watch = begin(y0, t0, jnp.zeros((), jnp.int32))
-    return TwinState(scheme.rebase(given.pair, y0), given.num_steps, watch)
+    return TwinState(scheme.rebase(given.pair, y0), given.num_steps, begin(y0, t0))
 
 
 def _schedule(
     controller: Any, state: Any, start: Index, solver: Reversible, t0: Time, t1: Time
-) -> tuple[AbstractSchedule, Any]:
-    """How many halvings each step makes, and at every how many steps to look."""
+) -> AbstractSchedule:
+    """How many halvings each step makes."""
     if prescribes_times(controller):
-        num_steps = number_of_steps(controller, state)
-        chosen, every = over_steps(num_steps), look_every(num_steps)
+        chosen = over_steps(number_of_steps(controller, state))
     else:
-        chosen, every = over_time(t0, t1), 1
-    return solver.coupling.schedule(start, chosen), every
+        chosen = over_time(t0, t1)
+    return solver.coupling.schedule(start, chosen)
 
 
 def set_up(
@@ -249,7 +247,9 @@ def set_up(
         init_state = without_derivatives(init_state, y0, dense)
     restarts = _restarts(restart_every, scheme, y0, max_steps, round_trip_tolerance)
     times = _records_times(controller, event)
-    schedule, every = _schedule(controller, first, state.num_steps, solver, t0, t1)
+    schedule = _schedule(controller, first, state.num_steps, solver, t0, t1)
+    # Where it is not known which step is the last, at each.
+    every = 1 if times else look_every(number_of_steps(controller, first))
     return (state.pair, increment, fns, clock), Setup(
         plan=Plan(scheme, schedule, times, restarts, max_steps),
         steps_before=state.num_steps,

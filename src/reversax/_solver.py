@@ -8,7 +8,6 @@ import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool
 
 from ._arithmetic import AbstractArithmetic, FloatingPoint, State
 from ._compat import DIVERGED, NONFINITE
@@ -29,7 +28,7 @@ from ._pair import (
 )
 from ._problem import check_problem, innermost, layers_of
 from ._psi import Psi
-from ._watch import APART, Watch, begin, look, look_sometimes
+from ._watch import APART, Seen, Watch, begin, look, look_sometimes
 
 _TWO_STATE_SOLVERS = (dfx.ReversibleHeun, dfx.LeapfrogMidpoint, dfx.SemiImplicitEuler)
 
@@ -62,12 +61,6 @@ def _check_base(solver: Any) -> None:
 
 
 _DEFAULT_COUPLING = Symmetric()
-
-
-def is_finite(scheme: Scheme, pair: Pair) -> Bool[Array, ""]:
-    """Whether all of the pair is."""
-    leaves = jtu.tree_leaves(scheme.decode(pair))
-    return jnp.stack([jnp.array(True), *(jnp.isfinite(x).all() for x in leaves)]).all()
 
 
 class TwinState(eqx.Module):
@@ -254,11 +247,11 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
         pair, error, dense_info, result = pair_step(
             scheme, increment, (t0, t1), pair0, halvings, **options
         )
-        num_steps = num_steps + 1
-        watch = look(solver_state.watch, scheme, pair, t1, num_steps)
+        seen = Seen(scheme, pair0, pair, halvings, t1)
+        watch = look(solver_state.watch, seen)
         # (Diffrax drops the result of a step that is rejected.)
         result = dfx.RESULTS.where(watch.is_sound, result, result_of(watch))
-        state = TwinState(pair, num_steps, watch)
+        state = TwinState(pair, num_steps + 1, watch)
         return scheme.readout(pair), error, dense_info, state, result
 
 
@@ -282,8 +275,7 @@ states (`ReversibleHeun`, `LeapfrogMidpoint`, `SemiImplicitEuler`, `Reversible`)
 
 
 def first_state(scheme: Scheme, t0: Time, y0: State) -> TwinState:
-    zero = jnp.zeros((), jnp.int32)
-    return TwinState(scheme.start(y0), zero, begin(y0, t0, zero))
+    return TwinState(scheme.start(y0), jnp.zeros((), jnp.int32), begin(y0, t0))
 
 
 def result_of(watch: Watch) -> dfx.RESULTS:
@@ -324,6 +316,8 @@ class ClosedSolver(dfx.AbstractSolver):
     schedule: AbstractSchedule
     look_every: Any
     """At every how many steps to look at the twins: a Python number, or an array."""
+    end: Time
+    """Of the last step."""
     base_interpolation_cls: Callable[..., dfx.AbstractLocalInterpolation] = eqx.field(
         static=True
     )
@@ -349,15 +343,17 @@ class ClosedSolver(dfx.AbstractSolver):
     @eqx.filter_jit  # Traced once for all that Diffrax's loop traces it for.
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         index = solver_state.num_steps
+        halvings = self.schedule.of_step(index, t0, t1)
         pair, error, dense_info, result = pair_step(
             self.scheme,
             self.psi,
             (t0, t1),
             y0,
-            self.schedule.of_step(index, t0, t1),
+            halvings,
             error=self.psi.error,
             dense=self.psi.dense,
         )
-        seen = self.scheme, pair, t1, index + 1
-        watch = look_sometimes(solver_state.watch, self.look_every, *seen)
+        seen = Seen(self.scheme, y0, pair, halvings, t1)
+        known = index, self.look_every, self.end
+        watch = look_sometimes(solver_state.watch, *known, seen)
         return pair, error, dense_info, Progress(index + 1, watch), result

@@ -9,14 +9,15 @@
   and end in the next.
 - In floating point, now and then the pair itself, for the way back to restart from.
 
-All of it is written by a wrapper around the controller, the `Recorder`. It also asks
-the controller whether the twins are too far apart: whether it would reject a step whose
-error were
+All of it is written by a wrapper around the controller, the `Recorder`. If the coupling
+does not have the gap `g = y - z` in the error estimate, it also asks the controller
+whether the twins are too far apart: whether it would reject a step whose error were
 
-    (L)    |y - z| / LIMIT,
+    (L)    |g| / LIMIT,
 
-since a coupling whose gap no controller watches may let that grow. Healthy solves have
-some tolerances, the published coupling up to some thousands.
+which nothing else would stop. Healthy solves have some tolerances, the published
+coupling up to some thousands. (With the gap in the estimate (U) of `_pair.py` a step
+adds to it less than `2**b` tolerances, so that it stays below some hundred.)
 """
 
 import functools as ft
@@ -37,7 +38,7 @@ from ._coupling import Pair
 from ._halvings import AbstractSchedule, Count, Index, divided
 from ._pair import Scheme
 from ._times import AbstractTimes, PrescribedTimes, RecordedTimes
-from ._watch import SOUND, why_lost
+from ._watch import LOST, OUTGROWN, SOUND
 
 _BITS = 32
 _REMEMBERED = 16  # Tries.
@@ -228,23 +229,27 @@ class Recorder(dfx.AbstractStepSizeController):
         if self.prescribed is not None:
             _, next_t1 = self.prescribed.interval(index + 1)
         if tried is not None:
-            gap = self.plan.scheme.gap(y1_candidate)
-            share = jtu.tree_map(lambda x: jnp.abs(x) / LIMIT, gap)
-            known = (*states, args, share, error_order)
-            together, *_ = self.controller.adapt_step_size(
-                t0, t1, *known, controller_state.inner
-            )  # (L)
-            apart = keep & ~jnp.asarray(together)
-            result = dfx.RESULTS.where(apart, DIVERGED, result)
-            lost = jnp.stack([jnp.isnan(x).any() for x in jtu.tree_leaves(gap)]).any()
-            why = why_lost(self.plan.scheme, y1_candidate)
+            scheme = self.plan.scheme
+            if not scheme.coupling.watches_gap:
+                gap = scheme.gap(y1_candidate)
+                share = jtu.tree_map(lambda x: jnp.abs(x) / LIMIT, gap)
+                known = (*states, args, share, error_order)
+                together, *_ = self.controller.adapt_step_size(
+                    t0, t1, *known, controller_state.inner
+                )  # (L)
+                apart = keep & ~jnp.asarray(together)
+                result = dfx.RESULTS.where(apart, DIVERGED, result)
+            lost = ~scheme.is_finite(y1_candidate)
+            why = jnp.where(scheme.outgrown(y1_candidate), OUTGROWN, LOST)
             # A controller feels its way towards a time at which there is no number, in
             # ever shorter steps, until they have no length, which it does not change.
             since = jnp.where(lost, 0, since + jnp.where(t1 > t0, 1, 0))
             forgotten = jnp.where(since > _REMEMBERED, SOUND, tried)
             tried = jnp.where(lost, why, forgotten).astype(tried.dtype)
         halvings = self.plan.schedule.of_step(index, t0, t1)
-        record = self._record(controller_state, (t0, t1), y0, y1_candidate, keep)
+        record = self._record(
+            controller_state, halvings, (t0, t1), y0, y1_candidate, keep
+        )
         index = index + jnp.where(keep, 1, 0)
         shed = shed + jnp.where(keep, halvings, 0).astype(shed.dtype)
         state = RecorderState(inner, record, index, shed, tangents, tried, since)
@@ -253,6 +258,7 @@ class Recorder(dfx.AbstractStepSizeController):
     def _record(
         self,
         state: RecorderState,
+        halvings: Count,
         interval: tuple[Time, Time],
         pair0: Pair,
         pair1: Pair,
@@ -260,7 +266,6 @@ class Recorder(dfx.AbstractStepSizeController):
     ) -> Record:
         (times, bits, pairs), plan = state.record, self.plan
         index, shed = state.num_accepted, state.num_shed
-        halvings = plan.schedule.of_step(index, *interval)
         if times is not None:
             start, end = map(jnp.asarray, interval)
             new = RecordedTimes(start, end, None)

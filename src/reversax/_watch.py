@@ -13,18 +13,18 @@ the base's own error is. One step that is much too coarse may pass it, of which 
 coupling has removed most by the next look; what grows stays above. Under a controller
 the gap is watched by that too, `_tape.py`.
 
-A gap that is looked at every `k` steps, in which it was halved `b` times a step, and
-widened from `g` to `g'`, would have been kept by
+A step that makes `b` halvings, and widens the gap from `g0` to `g`, would have left it
+as it was with
 
-    (N)    b + log2(g'/g)/k
+    (N)    b + log2(g/g0)
 
-halvings a step; or by steps shorter in that proportion.
+halvings; or if it had been shorter in that proportion.
 """
 
 import functools as ft
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.lax as lax
@@ -36,7 +36,7 @@ from ._arithmetic import State
 from ._compat import unvmap_any
 from ._control import Time
 from ._coupling import Pair
-from ._halvings import Index, divided
+from ._halvings import Count, Index, divided
 from ._pair import Scheme
 
 Scale = PyTree[Float[Array, ""]]
@@ -45,10 +45,10 @@ SOUND, APART, LOST, OUTGROWN = range(4)
 """What may be the matter: nothing; the twins were driven apart; the vector field did
 not return a number; the state left the range of its arithmetic."""
 
-LOOKS = 64
+_LOOKS = 64
 """How often to look, in a solve of a known number of steps,"""
 _AT_FIRST = 16
-"""beside so many steps at its beginning."""
+"""beside so many steps at its beginning, and the last one."""
 _SUSPECT = 0.1
 """Of a ratio: at the next look it may be no number any more."""
 
@@ -78,13 +78,10 @@ class Watch(eqx.Module):
     """`s` of (W), per leaf."""
     ratio: Float[Array, ""]
     """`r` of (W)."""
-    gap: Float[Array, ""]
-    """The largest `g`."""
-    growth: Float[Array, ""]
-    """Of its binary logarithm, a step, (N) without `b`."""
-    num_steps: Int[Array, ""]
-    """After how many steps, and at which time, all was well."""
+    needed: Float[Array, ""]
+    """How many halvings a step would have kept the twins together, (N)."""
     time: Array
+    """When all was well."""
     state: Int[Array, ""]
     """What was the matter afterwards."""
 
@@ -93,66 +90,68 @@ class Watch(eqx.Module):
         return self.state == SOUND
 
 
-def begin(y0: State, t0: Time, num_steps: Index) -> Watch:
-    zero = jnp.zeros((), jnp.float32)
-    size = lax.stop_gradient(largest(y0))
-    time = lax.stop_gradient(jnp.asarray(t0))
-    none = jnp.zeros((), jnp.int32)
-    return Watch(size, zero, zero, zero, jnp.asarray(num_steps), time, none)
+class Seen(NamedTuple):
+    """A step to look at, which makes so many halvings and ends at `t1`."""
+
+    scheme: Scheme
+    pair0: Pair
+    pair1: Pair
+    halvings: Count
+    t1: Time
 
 
-def look(watch: Watch, scheme: Scheme, pair: Pair, t: Time, num_steps: Index) -> Watch:
-    """The pair after `num_steps` steps, at `t`, seen."""
-    pair, t = lax.stop_gradient((pair, jnp.asarray(t)))
-    twins = scheme.decode(pair)
+def begin(y0: State, t0: Time) -> Watch:
+    zero, state = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+    size, t0 = lax.stop_gradient((largest(y0), jnp.asarray(t0)))
+    return Watch(size, zero, zero, t0, state)
+
+
+def look(watch: Watch, seen: Seen) -> Watch:
+    """The watch after a step."""
+    seen = lax.stop_gradient(seen)
+    twins = seen.scheme.decode(seen.pair1)
     # Of what the coupling drives, also where the solution is one of the twins.
     mean = jtu.tree_map(lambda y, z: (y + z) / 2, twins.y, twins.z)
-    gap = largest(scheme.gap(pair))
+    gap = largest(seen.scheme.gap(seen.pair1))
     size = jtu.tree_map(jnp.maximum, watch.size, largest(mean))
-    ratio, widest = jnp.zeros((2,), jnp.float32)
-    for g, s in zip(jtu.tree_leaves(gap), not_too_small(size), strict=True):
-        of_leaf = jnp.where(g == 0, g, g / jnp.where(s == 0, 1, s))
-        ratio = jnp.maximum(ratio, of_leaf.astype(jnp.float32))  # (W)
-        widest = jnp.maximum(widest, g.astype(jnp.float32))
-    steps = jnp.maximum(num_steps - watch.num_steps, 1).astype(jnp.float32)
-    grown = jnp.log2(widest / watch.gap) / steps  # (N)
-    # Of single steps some halve the gap and some do not: then the mean of several.
-    share = jnp.where((steps < 4) & (watch.growth != 0), 0.25, 1.0)
-    grown = watch.growth + share * (grown - watch.growth)
-    growth = jnp.where(jnp.isfinite(grown), grown, watch.growth)
-    finite = jnp.isfinite(ratio)
-    apart = finite | (watch.ratio > _SUSPECT)
-    state = jnp.where(apart, APART, why_lost(scheme, pair))
-    # (W), phrased so that NaN fails. The end of a solve may have been seen already.
+    ratios = [
+        jnp.where(g == 0, g, g / jnp.where(s == 0, 1, s))
+        for g, s in zip(jtu.tree_leaves(gap), not_too_small(size), strict=True)
+    ]
+    ratio = _widest(ratios)  # (W)
+    before = _widest(jtu.tree_leaves(largest(seen.scheme.gap(seen.pair0))))
+    needed = seen.halvings + jnp.log2(_widest(jtu.tree_leaves(gap)) / before)  # (N)
+    needed = jnp.where(jnp.isfinite(needed), needed, watch.needed)
+    apart = jnp.isfinite(ratio) | (watch.ratio > _SUSPECT)
+    state = jnp.where(apart, APART, LOST).astype(watch.state.dtype)
+    # (W), phrased so that NaN fails.
     sound = (ratio <= 1) | ((ratio <= 10) & (watch.ratio <= 1))
-    sound = sound | (watch.num_steps == num_steps) & (num_steps > 0)
-    good = Watch(size, ratio, widest, growth, jnp.asarray(num_steps), t, watch.state)
-    places = lambda w: (w.growth, w.state)
-    bad = eqx.tree_at(places, watch, (growth, state.astype(watch.state.dtype)))
-    choose = lambda p: lambda a, b: jnp.where(p, a, b.astype(a.dtype))
-    seen = jtu.tree_map(choose(sound), good, bad)
-    return jtu.tree_map(choose(watch.is_sound), seen, watch)
+    time = jnp.asarray(seen.t1)
+    good = Watch(size, ratio, needed, time, watch.state)
+    bad = Watch(watch.size, watch.ratio, needed, watch.time, state)
+    choose = lambda p: lambda a, b: jnp.where(p, a, b)
+    return jtu.tree_map(
+        choose(watch.is_sound), jtu.tree_map(choose(sound), good, bad), watch
+    )
 
 
-def why_lost(scheme: Scheme, pair: Pair) -> Int[Array, ""]:
-    """What was the matter with a pair that is not finite."""
-    outgrown = scheme.arithmetic.outgrown((pair.y, pair.z))
-    return jnp.where(outgrown, OUTGROWN, LOST)
+def _widest(gaps: Sequence[Array]) -> Float[Array, ""]:
+    zero = jnp.zeros((), jnp.float32)
+    return ft.reduce(jnp.maximum, [x.astype(jnp.float32) for x in gaps], zero)
 
 
-def look_sometimes(watch: Watch, every: Any, *seen: Any) -> Watch:
-    """[`look`][] at the first steps, and at every so many, a number or an array."""
+def look_sometimes(watch: Watch, index: Index, every: Any, end: Time, seen: Seen):
+    """[`look`][] at the first steps and at the one that ends at `end`, and at every so
+    many, a number or an array; `index` steps were taken before."""
     if isinstance(every, int) and every == 1:
-        return look(watch, *seen)
-    *_, num_steps = seen
-    _, phase = divided(num_steps, every)
-    due = (phase == 0) | (num_steps <= _AT_FIRST)
+        return look(watch, seen)
+    _, phase = divided(index, every)
+    due = (phase == 0) | (index < _AT_FIRST) | (seen.t1 >= lax.stop_gradient(end))
     # One conditional for all the lanes of a batch, for it to remain one.
-    return lax.cond(unvmap_any(due), lambda: look(watch, *seen), lambda: watch)
+    return lax.cond(unvmap_any(due), lambda: look(watch, seen), lambda: watch)
 
 
 def look_every(num_steps: Any) -> Any:
     """At every how many of so many steps to look."""
-    n = jnp.maximum(jnp.asarray(num_steps), 1).astype(jnp.uint32)
-    quotient, _ = divided(n + LOOKS - 1, LOOKS)
+    quotient, _ = divided(num_steps + _LOOKS - 1, _LOOKS)
     return quotient
