@@ -148,7 +148,7 @@ class SameScheme(dfx.AbstractAdjoint):
         coupling = solver.coupling
         if getattr(coupling, "halvings_per_step", None) == "auto":
             state = init_state.controller_state
-            schedule, _ = _schedule(stepsize_controller, state, 0, solver, t0, t1)
+            schedule = _schedule(stepsize_controller, state, 0, solver, t0, t1)
             coupling = Scheduled("auto", schedule)
             solver = rvx.Reversible(solver.solver, coupling, solver.arithmetic)
         known.update(solver=solver, t0=t0, t1=t1)

@@ -44,7 +44,6 @@ def test_a_known_number_of_steps_shares_256_bits_evenly(num):
     assert found.tolist() == np.diff(until).tolist()
     assert found.max() <= 4 and found.sum() <= max(256, num // 4)
     assert found.sum() <= schedule.most(num)
-    assert float(schedule.rate(0, 0.0)) == pytest.approx(float(rate))
 
 
 def test_steps_without_an_end_make_a_quarter_of_a_halving():
@@ -84,37 +83,46 @@ def test_a_number_given_is_made_in_phase_with_the_steps_before(halvings):
     assert sum(expected) <= schedule.most(20)
 
 
-def gradient(adjoint, num, coupling=rvx.Symmetric(), dtype=jnp.float64, **kwargs):  # noqa: B008
-    """Of a solve of so many steps, whose increments fill the bits to the last."""
-    cast = lambda x: jax.tree.map(lambda x: x.astype(dtype), x)
-    solver = rvx.Reversible(dfx.Heun(), coupling, rvx.FixedPoint(largest=2.0**75))
-    if dtype == jnp.float32:
-        solver = rvx.Reversible(dfx.Heun(), coupling, rvx.FixedPoint(largest=2.0**30))
-    steps = dict(dt0=dtype(2 / num), max_steps=num + 1) | kwargs
+@eqx.filter_jit
+def _gradient(adjoint, args, length, coupling, kwargs):
+    dtype = args[0].dtype
+    # Of which the increments fill the bits to the last.
+    largest = 2.0**30 if dtype == jnp.float32 else 2.0**75
+    solver = rvx.Reversible(dfx.Heun(), coupling, rvx.FixedPoint(largest=largest))
+    t0, t1 = jnp.zeros((), dtype), jnp.full((), 2, dtype)
 
-    @eqx.filter_jit
-    @jax.grad
     def of(args):
         solution = dfx.diffeqsolve(
-            dfx.ODETerm(network_field), solver, dtype(0), dtype(2), y0=cast(Y0),
-            args=args, adjoint=adjoint, **steps,
+            dfx.ODETerm(network_field), solver, t0, t1, length, y0=Y0.astype(dtype),
+            args=args, adjoint=adjoint, **kwargs,
         )  # fmt: skip
         return jnp.sum(solution.ys**2)
 
-    return of(cast(ARGS))
+    return jax.grad(of)(args)
 
 
-NUMBERS = [3, 64, 100, 300, 1024, 1500]
+def gradient(adjoint, num, coupling=rvx.Symmetric(), dtype=jnp.float64, **kwargs):  # noqa: B008
+    """Of a solve of so many steps; compiled once for all of the same `max_steps`."""
+    args = jax.tree.map(lambda x: x.astype(dtype), ARGS)
+    length = None if num is None else jnp.asarray(2 / num, dtype)
+    # One more than needed: round-off of the length may make it one.
+    return _gradient(adjoint, args, length, coupling, dict(max_steps=128) | kwargs)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-@pytest.mark.parametrize("num", NUMBERS)
-def test_constant_steps_are_undone_to_the_bit_however_many_share_the_bits(num, dtype):
+@pytest.mark.parametrize("nums", [(3, 63, 100, 127), (300, 1024, 1500)], ids=str)
+def test_constant_steps_are_undone_to_the_bit_however_many_share_the_bits(nums, dtype):
     """The certificate allows no bit: also where those of a step fill two words."""
-    assert jnp.isfinite(gradient(rvx.ReversibleAdjoint(), num, dtype=dtype)[0]).all()
+    kwargs = dict(dtype=dtype, max_steps=nums[-1] + 1)
+    for num in nums:
+        found = gradient(rvx.ReversibleAdjoint(), num, **kwargs)
+        assert jnp.isfinite(found[0]).all()
 
 
-@pytest.mark.parametrize("halvings", [1, 3, 5, 30, 1 / 3])
+@pytest.mark.parametrize(
+    "halvings",
+    [3, 30, 1 / 3, *(pytest.param(b, marks=pytest.mark.heavy) for b in (1, 5, 1 / 4))],
+)
 def test_any_number_of_halvings_is_undone_to_the_bit(halvings):
     coupling = rvx.Symmetric(halvings)
     found = gradient(rvx.ReversibleAdjoint(), 50, coupling)
@@ -133,9 +141,9 @@ def test_the_gradient_is_that_of_the_same_halvings(num):
 
 
 def test_the_gradient_of_adaptive_steps_is_that_of_the_same_halvings():
-    kwargs = dict(stepsize_controller=PID, dt0=None, max_steps=4096)
-    found = gradient(rvx.ReversibleAdjoint(), 1, **kwargs)
-    direct = gradient(SameScheme(dfx.DirectAdjoint()), 1, **kwargs)
+    kwargs = dict(stepsize_controller=PID, max_steps=4096)
+    found = gradient(rvx.ReversibleAdjoint(), None, **kwargs)
+    direct = gradient(SameScheme(dfx.DirectAdjoint()), None, **kwargs)
     assert relative_difference(found, direct) <= 1e-12
 
 
@@ -149,8 +157,10 @@ def test_a_halving_too_few_undone_is_noticed(monkeypatch):
         return unmix(self, arithmetic, pair, halvings - 1, shed_bits)
 
     monkeypatch.setattr(_coupling.Symmetric, "unmix", too_few)
+    jax.clear_caches()
     with pytest.raises(eqx.EquinoxRuntimeError, match="did not find the initial state"):
         gradient(rvx.ReversibleAdjoint(), 30, **DAMPED)
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize("by", [1, 3])
@@ -161,8 +171,10 @@ def test_bits_counted_from_the_wrong_step_are_noticed(monkeypatch, by):
         return read(self, jnp.maximum(shed, by) - by, halvings)
 
     monkeypatch.setattr(_tape.Tape, "shed_bits", wrong)
+    jax.clear_caches()
     with pytest.raises(eqx.EquinoxRuntimeError, match="did not find the initial state"):
         gradient(rvx.ReversibleAdjoint(), 30, **DAMPED)
+    jax.clear_caches()
 
 
 def test_bits_beyond_the_end_of_a_word_are_kept(monkeypatch):
@@ -176,5 +188,7 @@ def test_bits_beyond_the_end_of_a_word_are_kept(monkeypatch):
         return add(self, shed, halvings, keep, new, rows)
 
     monkeypatch.setattr(_tape.Recorder, "_add_bits", first_word_only)
+    jax.clear_caches()
     with pytest.raises(eqx.EquinoxRuntimeError, match="did not find the initial state"):
         gradient(rvx.ReversibleAdjoint(), 30, **DAMPED)
+    jax.clear_caches()

@@ -21,12 +21,10 @@ import reversax as rvx
 
 BASES = TABLEAU_BASES | {"own-Kutta3": Kutta3()}
 DAILY = ("Bosh3",)
+HEAVY = pytest.mark.heavy
 each_base = pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[] if name in DAILY else [pytest.mark.heavy])
-        for name in BASES
-    ],
+    [pytest.param(name, marks=[] if name in DAILY else [HEAVY]) for name in BASES],
 )
 NUM_STEPS = 16_000
 GROWN = 1e3  # The solution begins at one.
@@ -91,7 +89,9 @@ def order_of(name):
     return BASES[name].order(dfx.ODETerm(lambda t, y, args: y))
 
 
-@pytest.mark.parametrize("halvings", [1 / 4, 1, 4])
+@pytest.mark.parametrize(
+    "halvings", [*(pytest.param(b, marks=HEAVY) for b in (1 / 4, 1)), 4]
+)
 @each_base
 def test_imaginary_axis_limit_is_at_least_the_base_own(name, halvings):
     top = 8.0 if name == "Dopri8" else 4.0

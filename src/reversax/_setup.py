@@ -50,7 +50,8 @@ class Setup(eqx.Module):
     steps_before: Index
     """How many steps were taken before the solve, if it resumes another."""
     look_every: Any
-    """At every how many steps to look whether the twins are together."""
+    """At every how many steps to look whether the twins are together; at each, where it
+    is not known which is the last."""
     direction: Any
     """Of time as the user has it, 1 or -1."""
     base_interpolation_cls: Any = eqx.field(static=True)
@@ -248,12 +249,10 @@ def set_up(
     restarts = _restarts(restart_every, scheme, y0, max_steps, round_trip_tolerance)
     times = _records_times(controller, event)
     schedule = _schedule(controller, first, state.num_steps, solver, t0, t1)
-    # Where it is not known which step is the last, at each.
-    every = 1 if times else look_every(number_of_steps(controller, first))
     return (state.pair, increment, fns, clock), Setup(
         plan=Plan(scheme, schedule, times, restarts, max_steps),
         steps_before=state.num_steps,
-        look_every=every,
+        look_every=1 if times else look_every(number_of_steps(controller, first)),
         direction=direction_of(terms),
         base_interpolation_cls=solver.solver.interpolation_cls,
         error_order=reads[1],
