@@ -202,7 +202,7 @@ def test_what_fails_is_a_row_that_says_why():
         saveat=dfx.SaveAt(ts=jnp.array([0.05, 0.1])),
         candidates=candidates,
     )
-    _, (published, refused, too_many) = compare(damped, Options(halvings=0), print)
+    _, (published, refused, too_many) = compare(damped, Options(refinements=0), print)
     assert "drove the twins apart" in published.failure
     assert refused.failure.startswith("TypeError")
     assert "Wrap an explicit solver" in refused.failure

@@ -67,7 +67,7 @@ def compare(
     tolerance: _options.Tolerance = 1e-3,
     memory_limit: _options.MemoryLimit = None,
     prefer: _options.Prefer = "time",
-    halvings: _options.Halvings = None,
+    refinements: _options.Refinements = None,
     repeats: _options.Repeats = None,
     seed: _options.Seed = 0,
     quick: _options.Quick = False,
@@ -82,7 +82,7 @@ def compare(
     """
     options = Options(
         tolerance=tolerance,
-        halvings=(0 if quick else 2) if halvings is None else halvings,
+        refinements=(0 if quick else 2) if refinements is None else refinements,
         repeats=(3 if quick else 7) if repeats is None else repeats,
         quick=quick,
     )

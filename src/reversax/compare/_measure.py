@@ -41,7 +41,7 @@ class Options(NamedTuple):
 
     tolerance: float = 1e-3
     """The relative error of the gradient that is accurate enough."""
-    halvings: int = 2
+    refinements: int = 2
     """How often a candidate of constant steps may halve them to be that accurate."""
     repeats: int = 7
     """How many runs to take the median time of."""
@@ -88,7 +88,7 @@ Report = Callable[[str], None]
 
 
 def number_of_stages(problem: Problem, options: Options) -> int:
-    """How often `compare` reports what it does next, halvings apart."""
+    """How often `compare` reports what it does next, refinements apart."""
     return 1 + len(_candidates(problem, options)) + options.repeats
 
 
@@ -137,9 +137,9 @@ def _compile_until_accurate(
     problem: Problem, candidate: Candidate, reference: Reference, options: Options
 ) -> _Run:
     """With steps halved until the gradient is accurate enough, or too often."""
-    halvings = options.halvings if problem.has_constant_steps(candidate) else 0
+    refinements = options.refinements if problem.has_constant_steps(candidate) else 0
     run = _compile(problem, candidate, 0, reference)
-    for halved in range(1, halvings + 1):
+    for halved in range(1, refinements + 1):
         error = run.measurement.gradient_error
         if error is not None and error <= options.tolerance:
             break

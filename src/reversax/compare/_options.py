@@ -71,7 +71,7 @@ Prefer = Annotated[
         rich_help_panel=_WANTED,
     ),
 ]
-Halvings = Annotated[
+Refinements = Annotated[
     int | None,
     typer.Option(
         min=0,

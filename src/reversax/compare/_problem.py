@@ -98,10 +98,10 @@ class Problem(eqx.Module):
     def has_constant_steps(self, candidate: Candidate | None) -> bool:
         return isinstance(self.controller_for(candidate), dfx.ConstantStepSize)
 
-    def max_steps_for(self, candidate: Candidate, dt0, halvings: int) -> int:
+    def max_steps_for(self, candidate: Candidate, dt0, refinements: int) -> int:
         """How many steps to allow where `dt0` was halved so many times already."""
         if self.max_steps is not None:
-            return self.max_steps * 2**halvings
+            return self.max_steps * 2**refinements
         if not self.has_constant_steps(candidate):
             return _DEFAULT_MAX_STEPS
         steps = abs(float(self.t1) - float(self.t0)) / abs(dt0)

@@ -184,7 +184,7 @@ def _why_none(
     return (
         f"No candidate's gradient is within {wish.tolerance:g} of the reference. "
         f"The nearest, {best.candidate}, is within {error(best):.1e}. Take shorter "
-        "steps (a smaller dt0, more --halvings, a tighter controller), double "
+        "steps (a smaller dt0, more --refinements, a tighter controller), double "
         "precision, or a larger --tolerance."
     )
 
