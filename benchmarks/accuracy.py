@@ -11,6 +11,7 @@ is that of Dopri8 at a tolerance of 1e-13 in double precision.
     python benchmarks/accuracy.py                     # four problems, some minutes
     python benchmarks/accuracy.py --full              # all nine, and more methods
     python benchmarks/accuracy.py --problems Lorenz   # those named
+    python benchmarks/accuracy.py --full --methods "Tsit5, checkpoints" ...
     python benchmarks/accuracy.py --quick             # to see that it runs
 
 It needs the extra `examples`, and `peers` for the methods in PyTorch; without it, it
@@ -244,8 +245,9 @@ class Benchmark:
     def of(self, problem: Problem) -> list[Row]:
         kind, full = problem.kind, self.options.full
         methods = [*methods_for(kind, full), *peers_for(kind)]
-        if self.options.quick:
-            methods = [m for m in methods if m.name in QUICK_METHODS]
+        names = self.options.methods or (QUICK_METHODS if self.options.quick else None)
+        if names is not None:
+            methods = [m for m in methods if m.name in names]
         with jax.enable_x64(True):
             references, found = self.search(problem, methods)
         rows = []
@@ -327,6 +329,7 @@ def parse_options() -> argparse.Namespace:
     add = parser.add_argument
     names = list(all_problems(0))
     add("--problems", nargs="+", choices=names, help="these only", metavar="NAME")
+    add("--methods", nargs="+", help="these only, as tables name them", metavar="NAME")
     add("--full", action="store_true", help="all problems and methods")
     add("--figure", type=Path, metavar="PATH", help="where to draw time and memory")
     parser.set_defaults(repeats=9)
