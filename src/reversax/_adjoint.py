@@ -388,7 +388,8 @@ begins, `TypeError` for a solver that is not [`reversax.Reversible`][], `ValueEr
 `equinox.EquinoxRuntimeError`: with the result `diffrax.RESULTS.nonfinite` when the
 vector field returned no number or a state left the range of its arithmetic, and with
 `diffrax.RESULTS.nonlinear_divergence` when damping drove the twins apart, so far that
-their gap is larger than the state, or than 10,000 tolerances of the controller. When
+their gap is larger than the state, or, if no error estimate has it
+([`reversax.McCallumFoster`][]), than 10,000 tolerances of the controller. When
 differentiated, `NotImplementedError` in forward mode, in reverse mode once more, and
 for a controller of your own whose steps have a derivative with respect to the state;
 `equinox.EquinoxRuntimeError` for a derivative with respect to times through a returned

@@ -172,7 +172,7 @@ def _with_last_try(watch: Watch, final_state: Any, tried: Any, scheme: Scheme) -
     if tried is not None:
         gave_up = ~dfx.is_okay(result) & (state == SOUND)
         state = jnp.where(gave_up, tried, state)
-    return eqx.tree_at(lambda w: w.state, watch, state.astype(watch.state.dtype))
+    return watch.with_state(state)
 
 
 def _save_with(fn: Callable, scheme: Scheme) -> Callable:

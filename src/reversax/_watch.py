@@ -72,22 +72,42 @@ def not_too_small(scale: Scale) -> list[Float[Array, ""]]:
 
 
 class Watch(eqx.Module):
-    """What was seen of a solve."""
+    """What was seen of a solve, in one array: what a loop carries it copies, array by
+    array, at each step."""
 
-    size: Scale
-    """`s` of (W), per leaf."""
-    ratio: Float[Array, ""]
-    """`r` of (W)."""
-    needed: Float[Array, ""]
-    """How many halvings a step would have kept the twins together, (N)."""
-    time: Array
-    """When all was well."""
-    state: Int[Array, ""]
-    """What was the matter afterwards."""
+    numbers: Float[Array, " 4+leaves"]
+
+    @property
+    def state(self) -> Int[Array, ""]:
+        """What was the matter, if something was."""
+        return self.numbers[0].astype(jnp.int32)
+
+    @property
+    def time(self) -> Float[Array, ""]:
+        """Until when all was well."""
+        return self.numbers[1]
+
+    @property
+    def ratio(self) -> Float[Array, ""]:
+        """`r` of (W)."""
+        return self.numbers[2]
+
+    @property
+    def needed(self) -> Float[Array, ""]:
+        """How many halvings a step would have kept the twins together, (N)."""
+        return self.numbers[3]
+
+    @property
+    def sizes(self) -> Float[Array, " leaves"]:
+        """`s` of (W)."""
+        return self.numbers[4:]
 
     @property
     def is_sound(self) -> Bool[Array, ""]:
         return self.state == SOUND
+
+    def with_state(self, state: Int[Array, ""]) -> "Watch":
+        return Watch(self.numbers.at[0].set(state.astype(self.numbers.dtype)))
 
 
 class Seen(NamedTuple):
@@ -101,43 +121,44 @@ class Seen(NamedTuple):
 
 
 def begin(y0: State, t0: Time) -> Watch:
-    zero, state = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-    size, t0 = lax.stop_gradient((largest(y0), jnp.asarray(t0)))
-    return Watch(size, zero, zero, t0, state)
+    sizes = jtu.tree_leaves(largest(y0))
+    dtype = jnp.result_type(jnp.float32, t0, *sizes)
+    return Watch(_together([SOUND, t0, 0, 0, *sizes], dtype))
+
+
+def _together(numbers: Sequence[Any], dtype: Any) -> Float[Array, " numbers"]:
+    return lax.stop_gradient(jnp.stack([jnp.asarray(x, dtype) for x in numbers]))
 
 
 def look(watch: Watch, seen: Seen) -> Watch:
     """The watch after a step."""
-    seen = lax.stop_gradient(seen)
-    twins = seen.scheme.decode(seen.pair1)
+    dtype = watch.numbers.dtype
+    scheme, pair0, pair1 = lax.stop_gradient((seen.scheme, seen.pair0, seen.pair1))
+    twins = scheme.decode(pair1)
     # Of what the coupling drives, also where the solution is one of the twins.
     mean = jtu.tree_map(lambda y, z: (y + z) / 2, twins.y, twins.z)
-    gap = largest(seen.scheme.gap(seen.pair1))
-    size = jtu.tree_map(jnp.maximum, watch.size, largest(mean))
-    ratios = [
-        jnp.where(g == 0, g, g / jnp.where(s == 0, 1, s))
-        for g, s in zip(jtu.tree_leaves(gap), not_too_small(size), strict=True)
-    ]
-    ratio = _widest(ratios)  # (W)
-    before = _widest(jtu.tree_leaves(largest(seen.scheme.gap(seen.pair0))))
-    needed = seen.halvings + jnp.log2(_widest(jtu.tree_leaves(gap)) / before)  # (N)
+    now = jtu.tree_leaves(largest(mean))
+    if not now:
+        return watch
+    sizes = jnp.maximum(watch.sizes, _together(now, dtype))
+    gaps, before = (
+        _together(jtu.tree_leaves(largest(scheme.gap(x))), dtype)
+        for x in (pair1, pair0)
+    )
+    # Each in the precision of its leaf, which says what round-off is.
+    narrow = [s.astype(x.dtype) for s, x in zip(sizes, now, strict=True)]
+    against = _together(not_too_small(narrow), dtype)
+    ratio = jnp.max(gaps / jnp.where(against == 0, 1, against))  # (W)
+    needed = seen.halvings + jnp.log2(jnp.max(gaps) / jnp.max(before))  # (N)
     needed = jnp.where(jnp.isfinite(needed), needed, watch.needed)
     apart = jnp.isfinite(ratio) | (watch.ratio > _SUSPECT)
-    state = jnp.where(apart, APART, LOST).astype(watch.state.dtype)
+    state = jnp.where(apart, APART, LOST)
     # (W), phrased so that NaN fails.
     sound = (ratio <= 1) | ((ratio <= 10) & (watch.ratio <= 1))
-    time = jnp.asarray(seen.t1)
-    good = Watch(size, ratio, needed, time, watch.state)
-    bad = Watch(watch.size, watch.ratio, needed, watch.time, state)
-    choose = lambda p: lambda a, b: jnp.where(p, a, b)
-    return jtu.tree_map(
-        choose(watch.is_sound), jtu.tree_map(choose(sound), good, bad), watch
-    )
-
-
-def _widest(gaps: Sequence[Array]) -> Float[Array, ""]:
-    zero = jnp.zeros((), jnp.float32)
-    return ft.reduce(jnp.maximum, [x.astype(jnp.float32) for x in gaps], zero)
+    good = _together([SOUND, seen.t1, ratio, needed, *sizes], dtype)
+    bad = _together([state, watch.time, watch.ratio, needed, *watch.sizes], dtype)
+    numbers = jnp.where(sound, good, bad)
+    return Watch(jnp.where(watch.is_sound, numbers, watch.numbers))
 
 
 def look_sometimes(watch: Watch, index: Index, every: Any, end: Time, seen: Seen):
