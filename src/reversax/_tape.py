@@ -211,9 +211,9 @@ class Recorder(dfx.AbstractStepSizeController):
         readout = self.plan.scheme.readout
         states = readout(y0), readout(y1_candidate)
 
-        def adapt(controller, moment: Moment):
+        def adapt(controller, moment: Moment, error=y_error):
             t0, t1, inner = moment
-            known = (*states, args, y_error, error_order)
+            known = (*states, args, error, error_order)
             return controller.adapt_step_size(t0, t1, *known, inner)
 
         moment = Moment(t0, t1, controller_state.inner)
@@ -233,10 +233,7 @@ class Recorder(dfx.AbstractStepSizeController):
             if not scheme.coupling.watches_gap:
                 gap = scheme.gap(y1_candidate)
                 share = jtu.tree_map(lambda x: jnp.abs(x) / LIMIT, gap)
-                known = (*states, args, share, error_order)
-                together, *_ = self.controller.adapt_step_size(
-                    t0, t1, *known, controller_state.inner
-                )  # (L)
+                together, *_ = adapt(self.controller, moment, share)  # (L)
                 apart = keep & ~jnp.asarray(together)
                 result = dfx.RESULTS.where(apart, DIVERGED, result)
             lost = ~scheme.is_finite(y1_candidate)
