@@ -86,3 +86,37 @@ def test_scaling_measures_every_part(tmp_path):
     for part in ("length", "size", "batch", "path"):
         assert all(row["microseconds a step"] > 0 for row in results[part])
     assert_shows_something(figure)
+
+
+@pytest.mark.heavy
+def test_small_measures_every_part(tmp_path):
+    results = run_quickly("small.py", tmp_path)
+    for part in ("pendulum", "lanes", "sizes", "threshold"):
+        assert all(row["microseconds a step"] > 0 for row in results[part])
+    assert {row["threshold"] for row in results["threshold"]} == {"1,024", "100,000"}
+
+
+@pytest.mark.heavy
+def test_device_finds_exact_bits_on_a_cpu(tmp_path):
+    results = run_quickly("device.py", tmp_path)
+    assert all(row["exact"] for row in results["bits"])
+    assert all(row["microseconds a step"] > 0 for row in results["cost"])
+
+
+def test_device_goes_on_after_a_row_that_fails():
+    program = """if True:
+        import device
+        cases = [({"row": 1}, lambda: {"x": 1 / 0}), ({"row": 2}, lambda: {"x": 1.0})]
+        print(device.measured(iter(cases), float("inf")))
+    """
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True)
+    failed = {"row": 1, "failed": "ZeroDivisionError: division by zero"}
+    assert done.stdout.splitlines()[-1] == str([failed, {"row": 2, "x": 1.0}])
+
+
+def test_device_leaves_the_rest_out_when_the_time_is_up(tmp_path):
+    results = run_quickly("device.py", tmp_path, "--seconds", "0")
+    assert results["bits"] and results["cost"]
+    for row in results["bits"] + results["cost"]:
+        assert row["failed"] == "left out: the time was up"

@@ -12,7 +12,7 @@ from helpers import TABLEAU_BASES, in_cells, network_arguments, network_field
 from test_increment import STAGES_FOR_THE_SUM
 
 import reversax as rvx
-from reversax._increment import make_increment
+from reversax._increment import TableauIncrement, make_increment
 
 ARGS, Y0 = network_arguments(), jnp.array([[0.3, -0.2, 0.5]])
 NUM_STEPS = 20
@@ -213,19 +213,22 @@ def test_stages_of_a_stencil_are_not_evaluated_anew_for_each_that_reads_them():
 
 
 @pytest.mark.parametrize(
-    ("field", "y0", "written"),
+    ("field", "y0", "lanes", "written"),
     [
-        pytest.param(*heat(512), True, id="a-stencil"),
-        pytest.param(*heat(16), False, id="a-small-one"),
+        pytest.param(*heat(512), 1, True, id="a-stencil"),
+        pytest.param(*heat(4), 1, False, id="a-small-one"),
+        pytest.param(*heat(4), 256, True, id="many-small-ones"),
         pytest.param(
-            lambda t, y, rate: y * rate, heat(512)[1], False, id="elementwise"
+            lambda t, y, rate: y * rate, heat(512)[1], 1, False, id="elementwise"
         ),
         pytest.param(
-            network_field, jnp.ones((128, Y0.shape[-1])), False, id="a-network"
+            network_field, jnp.ones((128, Y0.shape[-1])), 1, False, id="a-network"
         ),
     ],
 )
-def test_the_stages_of_large_stencils_alone_are_written_to_memory(field, y0, written):
+def test_the_stages_of_stencils_alone_are_written_to_memory(field, y0, lanes, written):
     args = ARGS if field is network_field else 0.3
     increment = make_increment(dfx.Tsit5(), dfx.ODETerm(field), args)
-    assert increment.close(jnp.asarray(0.0), y0).writes_stages is written
+    closed = increment.close(jnp.asarray(0.0), y0)
+    assert isinstance(closed, TableauIncrement)
+    assert closed.writes_stages(y0, lanes) is written

@@ -39,6 +39,7 @@ from ._coupling import Pair
 from ._halvings import Count, Index
 from ._isolation import Evaluation, run_time_true
 from ._observe import add_trees, zeros_like_inexact
+from ._one_kernel import in_one_kernel
 from ._one_lane import Halved, Lane, only_where, sum_over_lanes
 from ._pair import half_of, through_halves, undo_step
 from ._psi import Psi
@@ -351,7 +352,8 @@ def walk_back(
     # Not before the way forward is over, which a meter's own start does not depend on.
     init = lambda: progress_meter.init()
     state = lax.cond(run_time_true(jnp.asarray(carry.num_steps)), init, init)
-    carry, state = lax.while_loop(some_left, undo, (carry, state))
+    loop = lambda carry: lax.while_loop(some_left, undo, carry)
+    carry, state = in_one_kernel(loop, (carry, state))
     progress_meter.close(state)
     return carry
 

@@ -5,6 +5,7 @@ package relies on. When an upstream release breaks one, this file is where to me
 """
 
 import functools as ft
+import importlib.metadata
 import types
 from collections.abc import Callable
 from typing import Any
@@ -51,6 +52,23 @@ def _with_quick_prevbefore(loop: Any) -> Any:
 
 
 integration_loop = _with_quick_prevbefore(loop)
+
+
+# What makes XLA's CPU backend compile a call into one kernel, and leave it a call.
+ONE_KERNEL = {"xla_cpu_small_call": "true", "inlineable": "false"}
+
+
+@ft.cache
+def compiles_small_calls() -> bool:
+    """Whether these attributes are known to mean that."""
+    return importlib.metadata.version("jaxlib") == "0.10.2"
+
+
+def number_of_devices(module_context: Any) -> int:
+    """That a program is lowered for; 0 if it will be exported, or is not known."""
+    if module_context.lowering_parameters.for_export:
+        return 0
+    return getattr(module_context.axis_context, "num_devices", 0)
 
 
 def program_of(fn: Any) -> Any:

@@ -42,6 +42,7 @@ from ._arithmetic import State
 from ._compat import program_of
 from ._control import Control, Half, Time, controls_of, over_half
 from ._isolation import equations_of, written_out
+from ._one_kernel import keeps_out_of_kernels
 
 
 class Advance(NamedTuple):
@@ -77,11 +78,12 @@ class AbstractIncrement(eqx.Module):
     """The control of the step from one time to a later one."""
 
     @abc.abstractmethod
-    def core(self, half: Half, y: State, *, extends: bool) -> Core:
+    def core(self, half: Half, y: State, *, extends: bool, lanes: int = 1) -> Core:
         """Evaluates `Psi_{t1 - t0}(t0, y)`, over half a step from `t0` to `t1`, in
         either direction.
 
-        `extends` says whether the error estimate or dense output may be asked for.
+        `extends` says whether the error estimate or dense output may be asked for, and
+        `lanes` of how many this is one that are evaluated together.
         """
 
     @abc.abstractmethod
@@ -186,8 +188,14 @@ class TableauIncrement(AbstractIncrement):
     vf_prod: Callable
     tableau: Tableau = eqx.field(static=True)
     keeps_stages: bool = eqx.field(static=True)
-    writes_stages: bool = eqx.field(default=False, static=True)
-    """Whether the arguments of the vector field are to be written to memory."""
+    writes_from: int | None = eqx.field(default=None, static=True)
+    """From which size of a state on the arguments of the vector field are written to
+    memory, if at all."""
+
+    def writes_stages(self, y: State, lanes: int) -> bool:
+        """Whether they are, of so many lanes."""
+        size = sum(x.size for x in jtu.tree_leaves(y))
+        return self.writes_from is not None and size * lanes >= self.writes_from
 
     def _add_stages(
         self,
@@ -195,6 +203,7 @@ class TableauIncrement(AbstractIncrement):
         needed: frozenset[int],
         half: Half,
         y: State,
+        lanes: int = 1,
     ) -> None:
         """Evaluates those of the needed stages that are not yet in `ks`."""
         t0, t1 = half.start, half.end
@@ -208,15 +217,15 @@ class TableauIncrement(AbstractIncrement):
             c = self.tableau.c[i]
             # Not t0 + 1*(t1 - t0), which may miss t1 by an ulp.
             t_i = t1 if c == 1 else (t0 if c == 0 else t0 + c * (t1 - t0))
-            if self.writes_stages and i > 0:
+            if i > 0 and self.writes_stages(y, lanes):
                 y_i = written_out(y_i, jnp.asarray(t1))
             ks[i] = self.vf_prod(t_i, y_i, half.control)  # (RK2)
             _check_like_state(ks[i], y)
 
-    def core(self, half: Half, y: State, *, extends: bool) -> Core:
+    def core(self, half: Half, y: State, *, extends: bool, lanes: int = 1) -> Core:
         ks: dict[int, State] = {}
         needed = self.tableau.stages_behind(self.tableau.b)
-        self._add_stages(ks, needed, half, y)
+        self._add_stages(ks, needed, half, y, lanes)
         increment = _weighted_sum(self.tableau.b, ks)  # (RK3)
         return Core(increment, ks if extends else {}, None)
 
@@ -245,22 +254,26 @@ class TableauIncrement(AbstractIncrement):
         contr = eqx.filter_closure_convert(self.contr, t, t)
         control = eqx.filter_eval_shape(self.contr, t, t)
         vf_prod = eqx.filter_closure_convert(self.vf_prod, t, y, control)
-        size = sum(x.size for x in jtu.tree_leaves(y))
-        writes_stages = size >= _LARGE and _reads_elsewhere(vf_prod)
         return TableauIncrement(
-            contr, vf_prod, self.tableau, self.keeps_stages, writes_stages
+            *(contr, vf_prod, self.tableau, self.keeps_stages, _written_from(vf_prod))
         )
 
 
-# From this size of a state on, writing it costs less than a little evaluated anew.
-_LARGE = 256
+# From this size of a state on, writing it costs less than what is evaluated anew: some
+# stages are, at each number, once for each number that the next one reads. In a kernel
+# writing costs next to nothing.
+_LARGE, _LARGE_IN_KERNEL = 256, 8
 _ELSEWHERE = {"concatenate", "dynamic_slice", "gather", "pad", "rev", "slice"}
 
 
-def _reads_elsewhere(fn: Callable) -> bool:
-    """Whether an element of what a closure-converted function returns may depend on
-    others of its arguments, by operations that the compiler would fuse nevertheless."""
-    return any(x.primitive.name in _ELSEWHERE for x in equations_of(program_of(fn)))
+def _written_from(fn: Callable) -> int | None:
+    """From which size on stages are written to memory: if an element of what a
+    closure-converted function returns may depend on others of its arguments, by
+    operations that the compiler would fuse nevertheless."""
+    equations = list(equations_of(program_of(fn)))
+    if not any(x.primitive.name in _ELSEWHERE for x in equations):
+        return None
+    return _LARGE if any(map(keeps_out_of_kernels, equations)) else _LARGE_IN_KERNEL
 
 
 class StepIncrement(AbstractIncrement):
@@ -269,7 +282,7 @@ class StepIncrement(AbstractIncrement):
     contr: Callable
     step: Callable
 
-    def core(self, half: Half, y: State, *, extends: bool) -> Core:
+    def core(self, half: Half, y: State, *, extends: bool, lanes: int = 1) -> Core:
         y1, estimate, dense_info, result = self.step(half, y)
         increment = jtu.tree_map(lambda a, b: a - b, y1, y)  # (S)
         if not extends:

@@ -12,6 +12,9 @@ to the bit. So each evaluation is made a computation of its own:
   result depend on an element of each, else what is unused would be pruned. Residuals
   that are merely inputs, parameters above all, are not returned from the branch (that
   would copy them) but put in place outside.
+- In it, products are rounded by themselves, `_rounding.py`. Where a loop is one kernel,
+  `_one_kernel.py`, the branch is compiled with all that stands around it, and whether a
+  product is contracted with a sum depends on what else needs it.
 - Under `vmap` the predicate stays a single one; a batched conditional would become a
   selection, which isolates nothing.
 """
@@ -27,46 +30,56 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
+
+from ._one_kernel import keeps_out_of_kernels
+from ._rounding import with_rounded_products
 
 
-def _not_nan(x: Array) -> Bool[Array, ""]:
+def _zero(x: Array) -> Float[Array, ""]:
     # Not a property of bits, which the backend would see through. Nor is any property
     # of a single lane: that one may have gone wrong.
     if not jnp.issubdtype(x.dtype, jnp.floating):
         x = lax.bitcast_convert_type(x, jnp.dtype(f"float{x.dtype.itemsize * 8}"))
-    return jnp.any(x == x)
+    x = x.astype(jnp.float32)
+    return jnp.max(jnp.where(jnp.isfinite(x), x * 0, -1))
 
 
-_run_time_true_p = jax.extend.core.Primitive("run_time_true")
-_run_time_true_p.def_impl(_not_nan)
-_run_time_true_p.def_abstract_eval(lambda x: jax.typeof(jnp.array(True)))
+_run_time_zero_p = jax.extend.core.Primitive("run_time_zero")
+_run_time_zero_p.def_impl(_zero)
+_run_time_zero_p.def_abstract_eval(lambda x: jax.typeof(jnp.zeros((), jnp.float32)))
 mlir.register_lowering(
-    _run_time_true_p, mlir.lower_fun(_not_nan, multiple_results=False), cacheable=False
+    _run_time_zero_p, mlir.lower_fun(_zero, multiple_results=False), cacheable=False
 )
 
 
 def _batch(args, dims):
     # One for all lanes: the predicate does not become one for each.
-    return _run_time_true_p.bind(*args), None
+    return _run_time_zero_p.bind(*args), None
 
 
 def _jvp(primals, tangents):
-    out = _run_time_true_p.bind(*primals)
+    out = _run_time_zero_p.bind(*primals)
     return out, ad.Zero(jax.typeof(out).to_tangent_aval())
 
 
-batching.primitive_batchers[_run_time_true_p] = _batch
-ad.primitive_jvps[_run_time_true_p] = _jvp
+batching.primitive_batchers[_run_time_zero_p] = _batch
+ad.primitive_jvps[_run_time_zero_p] = _jvp
+
+
+def run_time_zero(x: Array) -> Float[Array, ""]:
+    """Zero (of either sign), but not to the compiler; one value for all lanes of a
+    batch.
+
+    **Arguments:** `x`, only known at run time: a time (which is finite in some lane),
+    or a count.
+    """
+    return _run_time_zero_p.bind(jnp.asarray(x))
 
 
 def run_time_true(x: Array) -> Bool[Array, ""]:
-    """True, but not to the compiler; one value for all lanes of a batch.
-
-    **Arguments:** `x`, only known at run time: a time (which is not NaN in all lanes),
-    or a count.
-    """
-    return _run_time_true_p.bind(jnp.asarray(x))
+    """True in the same way."""
+    return run_time_zero(x) > -1
 
 
 class Evaluation(NamedTuple):
@@ -163,15 +176,20 @@ def evaluate_isolated(
     may_be_thrifty = not (plain.effects or _has_complex(plain.jaxpr))
     traced = ft.partial(run, _thrifty(fn) if may_be_thrifty else fn)
     jaxpr, shapes = jax.make_jaxpr(traced, return_shape=True)(*operands)
-    true = run_time_true(run_time)
+    zero = run_time_zero(run_time)
+    if any(map(keeps_out_of_kernels, equations_of(jaxpr.jaxpr))):
+        in_branch = lambda _, *operands: jax.extend.core.jaxpr_as_fun(jaxpr)(*operands)
+    else:
+        in_branch = lambda zero, *operands: with_rounded_products(jaxpr, zero, operands)
     new = lax.cond(
-        true,
-        jax.extend.core.jaxpr_as_fun(jaxpr),
+        zero > -1,
+        in_branch,
         lambda *_: [_nothing(x) for x in shapes],
+        zero,
         *operands,
     )
     others, leaves_treedef, sources, kinds = noted[-1]
-    new = iter(_keep_alive(true, new))
+    new = iter(_keep_alive(zero, new))
     leaves = [
         _from_raw(next(new), kind) if i is None else operands[i]
         for i, kind in zip(sources, kinds, strict=True)
@@ -201,7 +219,7 @@ def _position(x: Array, among: Sequence[Array]) -> int | None:
     return next((i for i, y in enumerate(among) if x is y), None)
 
 
-def _keep_alive(true: Bool[Array, ""], xs: Sequence[Array]) -> list[Array]:
+def _keep_alive(zero: Array, xs: Sequence[Array]) -> list[Array]:
     """`xs`, the first of them seeming to depend on all."""
     xs = list(xs)
     filled = [i for i, x in enumerate(xs) if x.size > 0]
@@ -210,8 +228,9 @@ def _keep_alive(true: Bool[Array, ""], xs: Sequence[Array]) -> list[Array]:
         # Not of `xs[i].ravel()`: an array laid out over devices would be gathered.
         some = [xs[i][(0,) * xs[i].ndim] for i in others]
         token = sum(jnp.real(x).astype(xs[first].dtype) for x in some)
-        # A selection, since `0 * token` might be NaN.
-        xs[first] = jnp.where(true, xs[first], token)
+        # A selection, since `0 * token` might be NaN; and not of whole arrays, which
+        # the compiler turns into a branch at each element.
+        xs[first] = xs[first] + jnp.where(zero > -1, jnp.zeros_like(token), token)
     return xs
 
 
@@ -234,8 +253,9 @@ def written_out(tree: PyTree[Array], run_time: Array) -> PyTree[Array]:
     return lax.cond(run_time_true(run_time), lambda tree: tree, nan, tree)
 
 
-def isolated_product(a: Array, b: Array) -> Array:
-    """`a*b`, rounded to itself whatever is done with it. `b` is a run-time number."""
+def rounded_product(a: Array, b: Array) -> Array:
+    """`a*b`, rounded by itself whatever is done with it, (P) of `_rounding.py`. `b` is
+    a run-time number."""
     b = jnp.asarray(b)
-    nan = lambda a, b: jnp.full(jnp.shape(b), jnp.nan, b.dtype)
-    return lax.cond(run_time_true(b), lambda a, b: a * b, nan, a, b)
+    product = a * b
+    return product + run_time_zero(b).astype(product.dtype)

@@ -120,10 +120,12 @@ class Psi(eqx.Module):
         The value is the pair of the increment and what dense output depends on.
         """
 
+        extends, lanes = self.error or self.dense, self._number_of_lanes(half)
+
         def fn(x, rest):
             (diff, varied, y), (nondiff, fixed) = x, rest
             increment, half = eqx.combine(diff, nondiff), eqx.combine(varied, fixed)
-            core = increment.core(half, y, extends=self.error or self.dense)
+            core = increment.core(half, y, extends=extends, lanes=lanes)
             inexact, other = eqx.partition(core.rest, eqx.is_inexact_array)
             if not self.dense:
                 inexact, other = None, core.rest
@@ -150,6 +152,9 @@ class Psi(eqx.Module):
         x, rest = (self.diff, varied, y, core.value), (self.nondiff, fixed, core.other)
         of_x, of_rest = (_HALF_MAPPED, _MAPPED, _MAPPED), (_HALF_MAPPED, _MAPPED)
         return self._evaluate(fn, x, rest, self._axes(of_x, of_rest), None)
+
+    def _number_of_lanes(self, half: Half) -> int:
+        return 1 if self.axes is None else jnp.shape(half.start)[0]
 
     def _varied(self, half: Half) -> tuple[Half, Half]:
         """A half as differentiated, and as not."""

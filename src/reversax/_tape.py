@@ -36,6 +36,7 @@ from ._compat import DIVERGED, buffer_at_set, while_loop
 from ._control import Time
 from ._coupling import Pair
 from ._halvings import AbstractSchedule, Count, Index, divided
+from ._one_kernel import in_one_kernel
 from ._pair import Scheme
 from ._times import AbstractTimes, PrescribedTimes, RecordedTimes
 from ._watch import LOST, OUTGROWN, SOUND
@@ -319,11 +320,5 @@ def recording_while_loop(
             return buffers(state)
         return [*buffers(state), *jtu.tree_leaves(controller_state.record)]
 
-    return while_loop(
-        cond_fun,
-        body_fun,
-        init_val,
-        max_steps=max_steps,
-        buffers=all_buffers,
-        kind="lax",
-    )
+    loop = ft.partial(while_loop, cond_fun, body_fun, max_steps=max_steps, kind="lax")
+    return in_one_kernel(lambda state: loop(state, buffers=all_buffers), init_val)

@@ -12,7 +12,7 @@ from ._clock import Clock, pull_row, pull_through
 from ._compat import replayed_end
 from ._control import Time
 from ._halvings import Index
-from ._isolation import isolated_product
+from ._isolation import rounded_product
 
 
 def prescribes_times(controller: dfx.AbstractStepSizeController) -> bool:
@@ -63,7 +63,7 @@ class PrescribedTimes(AbstractTimes):
         controller: Any = clock.controller
         # With the same bits in both passes: an output saved at the very end of a step
         # belongs to it, or to the next.
-        end = replayed_end(controller, clock.controller_state, index, isolated_product)
+        end = replayed_end(controller, clock.controller_state, index, rounded_product)
         end = jnp.where(end > self.just_below_t1, clock.t1, end)
         return jnp.where(index == 0, clock.first_end, end)
 

@@ -1,0 +1,251 @@
+"""Loops compiled into one kernel, where the state is small.
+
+On CPU, XLA runs each instruction of a loop by itself, some 0.1 us each, unless all that
+the loop's body reads and writes is less than 1,024 bytes: then it compiles the loop
+into one kernel (`small_while_loop_hoisting_pass.cc`), of which a step costs no more
+than its arithmetic. The body of a reversible step has a hundred instructions, and lies
+above that even for a state of two numbers.
+
+What makes a loop one kernel is an attribute of the call that it is moved into. Here
+loops are called in this way from the beginning, and get the attribute if they hold
+nothing that such a kernel cannot have (an allowlist of operations) and nothing that is
+better run by itself (large arrays, products of matrices, which go to a library or to
+several threads). Anything else is compiled as ever; the numbers are the same.
+
+A kernel's inputs must all be read by it. Whatever XLA makes of a loop, one tuple of
+them is, so that is what the call is given.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.extend.core
+import jax.tree_util as jtu
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import func, stablehlo
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, PyTree
+
+from ._compat import ONE_KERNEL, compiles_small_calls, number_of_devices
+
+_SWITCH = "REVERSAX_ONE_KERNEL"
+
+# Without what depends on other devices, calls back, or is left to a library; and not
+# functions that have other bits in a vector than alone (`tan`, `atan`, `cbrt`): which
+# elements of an array are taken together may differ from kernel to kernel.
+_ALLOWED = frozenset(
+    f"{dialect}.{name}"
+    for dialect, names in {
+        "stablehlo": (
+            "abs add and bitcast_convert broadcast_in_dim case ceil clamp "
+            "compare concatenate constant convert cosine count_leading_zeros divide "
+            "dot_general dynamic_slice dynamic_update_slice exponential "
+            "exponential_minus_one floor gather get_tuple_element iota is_finite log "
+            "log_plus_one logistic maximum minimum multiply negate not "
+            "optimization_barrier or pad popcnt power reduce reduce_precision "
+            "remainder reshape return reverse round_nearest_afz round_nearest_even "
+            "rsqrt scatter select shift_left shift_right_arithmetic "
+            "shift_right_logical sign sine slice sqrt subtract tanh transpose while "
+            "xor"
+        ),
+        "chlo": (
+            "acosh asinh atanh cosh erf erf_inv erfc is_inf is_neg_inf is_pos_inf "
+            "lgamma next_after sinh square"
+        ),
+        "func": "call return",
+    }.items()
+    for name in names.split()
+)
+
+_MOST_BYTES = 2**17
+"""Of an array that is computed in a loop."""
+_MOST_BYTES_REDUCED = 2**13
+"""Of one that is summed up: from twice that on it is left to a library."""
+_MOST_BYTES_OF = {"stablehlo.sine": 2**9, "stablehlo.cosine": 2**9}
+"""Of one of which a kernel computes the elements one by one."""
+_MOST_OPERATIONS = 10_000
+"""So that compiling takes no longer."""
+
+
+def _bytes_of(kind: Any) -> int:
+    kind = ir.RankedTensorType(kind)
+    size = 1
+    for length in kind.shape:
+        size *= length
+    element: Any = kind.element_type
+    parts = 1
+    if isinstance(element, ir.ComplexType):
+        element, parts = element.element_type, 2
+    return size * parts * max(8, getattr(element, "width", 64)) // 8
+
+
+def _is_vector_product(operation: Any) -> bool:
+    """Of at least one vector, and no batch of them."""
+    return any(ir.RankedTensorType(x.type).rank <= 1 for x in operation.operands)
+
+
+# Those that hand on a whole array, of which they read or write a part in place.
+_IN_PLACE = frozenset(
+    {"stablehlo.dynamic_update_slice", "stablehlo.while", "stablehlo.case", "func.call"}
+)
+
+
+def keeps_out_of_kernels(equation: Any) -> bool:
+    """Whether the loop with this equation of a jaxpr in it cannot be one kernel."""
+    shapes = [x.aval for x in equation.invars]
+    if equation.primitive.name == "dot_general":
+        return all(x.ndim > 1 for x in shapes)
+    sizes = [x.size * x.dtype.itemsize for x in shapes]
+    return equation.primitive.name == "mul" and max(sizes) > _MOST_BYTES
+
+
+def _suits(operation: Any) -> bool:
+    """Whether an operation may be part of a kernel, and is better there."""
+    name = operation.name
+    if name not in _ALLOWED:
+        return False
+    if name == "stablehlo.dot_general":
+        operands = [_bytes_of(x.type) for x in operation.operands]
+        if not _is_vector_product(operation) or max(operands) > _MOST_BYTES:
+            return False
+    if name == "stablehlo.scatter":
+        indices = ir.RankedTensorType(operation.operands[1].type)
+        return indices.rank <= 1  # One place, to be written in place.
+    if name == "stablehlo.reduce":
+        return _bytes_of(operation.operands[0].type) <= _MOST_BYTES_REDUCED
+    if name in _IN_PLACE:
+        return True
+    most = _MOST_BYTES_OF.get(name, _MOST_BYTES)
+    return all(_bytes_of(x.type) <= most for x in operation.results)
+
+
+def _operations_of(root: Any, table: Any, seen: set[str]) -> Iterator[Any]:
+    """The operations of a function and of those that it calls."""
+    for region in root.regions:
+        for block in region:
+            for view in block:
+                operation = view.operation
+                yield operation
+                if operation.name == "func.call":
+                    name = _callee(operation)
+                    if name not in seen:
+                        seen.add(name)
+                        yield from _operations_of(table[name].operation, table, seen)
+                yield from _operations_of(operation, table, seen)
+
+
+def _callee(call: Any) -> str:
+    return ir.FlatSymbolRefAttr(call.attributes["callee"]).value
+
+
+def _all_suit(call: Any, table: Any) -> bool:
+    name = _callee(call)
+    operations = _operations_of(table[name].operation, table, {name})
+    for number, operation in enumerate(operations):
+        if number >= _MOST_OPERATIONS or not _suits(operation):
+            return False
+    return True
+
+
+def _call_of(values: tuple) -> Any:
+    """The call that returned all of these, if one did."""
+    owners = [x.owner for x in values]
+    if not owners or any(isinstance(x, ir.Block) for x in owners):
+        return None
+    call = owners[0].operation
+    same = all(x.operation == call for x in owners)
+    return call if same and call.name == "func.call" else None
+
+
+def _lower(ctx, *values):
+    call, module = _call_of(values), ctx.module_context
+    wanted = os.environ.get(_SWITCH, "1") != "0" and compiles_small_calls()
+    if call is None or not wanted or number_of_devices(module) != 1:
+        return list(values)
+    table = ir.SymbolTable(module.module.operation)
+    if not _all_suit(call, table):
+        return list(values)
+    results = list(call.results)
+    kernel = _with_tuples(call, table, module.module)
+    elements = _elements(kernel.results[0], len(results))
+    return [elements[results.index(x)] for x in values]
+
+
+def _elements(values: Any, number: int) -> list:
+    integer = ir.IntegerType.get_signless(32)
+    at = lambda i: ir.IntegerAttr.get(integer, i)
+    return [stablehlo.get_tuple_element(values, at(i)) for i in range(number)]
+
+
+def _with_tuples(call: Any, table: Any, module: Any) -> Any:
+    """A call of the same function by way of one that takes and returns a tuple, with
+    the attribute; the first is left unused, to be removed by the compiler."""
+    operands, kinds = list(call.operands), [x.type for x in call.results]
+    taken = ir.TupleType.get_tuple([x.type for x in operands])
+    returned = ir.TupleType.get_tuple(kinds)
+    with ir.InsertionPoint(module.body):
+        outer = func.FuncOp("one_kernel", ir.FunctionType.get([taken], [returned]))
+    outer.attributes["sym_visibility"] = ir.StringAttr.get("private")
+    table.insert(outer)
+    block = outer.add_entry_block()
+    with ir.InsertionPoint(block):
+        arguments = _elements(block.arguments[0], len(operands))
+        inner = func.CallOp(kinds, call.attributes["callee"], arguments)
+        func.ReturnOp([stablehlo.tuple(list(inner.results))])
+    name = ir.FlatSymbolRefAttr.get(outer.name.value)
+    kernel = func.CallOp([returned], name, [stablehlo.tuple(operands)]).operation
+    attributes: dict[str, Any] = {
+        k: ir.StringAttr.get(v) for k, v in ONE_KERNEL.items()
+    }
+    kernel.attributes["mhlo.frontend_attributes"] = ir.DictAttr.get(attributes)
+    return kernel
+
+
+_results_p = jax.extend.core.Primitive("one_kernel_results")
+_results_p.multiple_results = True
+_results_p.def_impl(lambda *xs: list(xs))
+_results_p.def_abstract_eval(lambda *xs: list(xs))
+mlir.register_lowering(_results_p, lambda ctx, *values: list(values))
+# (Not to be cached: what is called stands outside of what is lowered here.)
+mlir.register_lowering(_results_p, _lower, platform="cpu", cacheable=False)
+
+
+def _batch(args, dims):
+    return _results_p.bind(*args), list(dims)
+
+
+def _jvp(primals, tangents):
+    tangents = [ad.instantiate_zeros(t) for t in tangents]
+    return _results_p.bind(*primals), _results_p.bind(*tangents)
+
+
+batching.primitive_batchers[_results_p] = _batch
+ad.primitive_jvps[_results_p] = _jvp
+
+
+def in_one_kernel(fn: Callable[[Any], Any], x: PyTree) -> PyTree:
+    """`fn(x)`, a loop, compiled into one kernel where that is possible and faster.
+
+    **Arguments:** `fn`, a function of any tree, which may close over others; `x`, that.
+
+    **Returns:** what `fn` returns. Where the environment has `REVERSAX_ONE_KERNEL=0`
+    it is compiled as ever.
+    """
+    arrays, rest = eqx.partition(x, eqx.is_array)
+    noted: list = []
+
+    def of_arrays(arrays) -> PyTree[Array]:
+        out = fn(eqx.combine(arrays, rest))
+        arrays, others = eqx.partition(out, eqx.is_array)
+        noted.append(others)
+        return arrays
+
+    def call(arrays) -> PyTree[Array]:
+        leaves, treedef = jtu.tree_flatten(jax.jit(of_arrays)(arrays))
+        return treedef.unflatten(_results_p.bind(*leaves))
+
+    # In a program of its own where there is none around it.
+    return eqx.combine(jax.jit(call)(arrays), noted[-1])
