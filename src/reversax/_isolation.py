@@ -41,8 +41,7 @@ def _zero(x: Array) -> Float[Array, ""]:
     # of a single lane: that one may have gone wrong.
     if not jnp.issubdtype(x.dtype, jnp.floating):
         x = lax.bitcast_convert_type(x, jnp.dtype(f"float{x.dtype.itemsize * 8}"))
-    x = x.astype(jnp.float32)
-    return jnp.max(jnp.where(jnp.isfinite(x), x * 0, -1))
+    return jnp.max(jnp.where(jnp.isfinite(x), x * 0, -1)).astype(jnp.float32)
 
 
 _run_time_zero_p = jax.extend.core.Primitive("run_time_zero")

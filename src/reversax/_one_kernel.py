@@ -95,11 +95,12 @@ _IN_PLACE = frozenset(
 
 def keeps_out_of_kernels(equation: Any) -> bool:
     """Whether the loop with this equation of a jaxpr in it cannot be one kernel."""
-    shapes = [x.aval for x in equation.invars]
-    if equation.primitive.name == "dot_general":
-        return all(x.ndim > 1 for x in shapes)
-    sizes = [x.size * x.dtype.itemsize for x in shapes]
-    return equation.primitive.name == "mul" and max(sizes) > _MOST_BYTES
+    name, kinds = equation.primitive.name, [x.aval for x in equation.invars]
+    if name == "dot_general":
+        return all(x.ndim > 1 for x in kinds)
+    if name == "mul":
+        return max(x.size * x.dtype.itemsize for x in kinds) > _MOST_BYTES
+    return False  # (Not all kinds have a size.)
 
 
 def _suits(operation: Any) -> bool:
