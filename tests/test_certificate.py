@@ -102,8 +102,8 @@ def gradient(lam, n, dtype=jnp.float64, tolerance=None, field=network_field, t1=
 
 
 MESSAGE = (
-    r"(?s)ReversibleAdjoint.*did not find the initial state again.*off by between "
-    r"1e[-+]\d\d and 1e[-+]\d\d of.*tolerance is.*coupling_parameter.*fewer steps"
+    r"(?s)Use .*FixedPoint.*did not find the initial state again.*off by between "
+    r"1e[-+]\d\d and 1e[-+]\d\d of.*tolerance of.*restart_every.*64-bit"
 )
 
 
@@ -137,7 +137,7 @@ def test_the_message_says_by_how_much():
 
 def test_the_tolerance_is_the_users():
     assert all(jnp.all(jnp.isfinite(g)) for g in gradient(0.9, 250, tolerance=1.0))
-    with pytest.raises(eqx.EquinoxRuntimeError, match=r"tolerance is 1e-16"):
+    with pytest.raises(eqx.EquinoxRuntimeError, match=r"tolerance of 1e-16"):
         gradient(0.999, 97, tolerance=1e-16)
     unchecked = gradient(0.9, 250, tolerance=math.inf)
     # What the check protects from: this gradient is wrong.
@@ -153,7 +153,7 @@ def test_a_contracting_flow_raises_rather_than_lie():
 
 def test_an_overflow_raises_and_says_so():
     field = lambda t, y, args: y**3 * 1e6 + args[1][0]
-    with pytest.raises(eqx.EquinoxRuntimeError, match=r"not finite.*smaller steps"):
+    with pytest.raises(eqx.EquinoxRuntimeError, match=r"Try smaller steps.*overflowed"):
         gradient(0.999, 50, field=field)
 
 
@@ -242,7 +242,7 @@ def test_measuring_a_round_trip_has_no_derivative():
         )
         return jnp.sum(error.y)
 
-    with pytest.raises(Exception, match=r"round_trip_error.*was differentiated"):
+    with pytest.raises(Exception, match=r"stop_gradient.*round_trip_error"):
         jax.grad(size)(Y0)
 
 
@@ -273,7 +273,7 @@ def test_a_state_that_begins_and_ends_at_zero_raises_no_false_alarm():
 # injects faults between the passes.
 
 FIXED_POINT_MESSAGE = (
-    r"(?s)ReversibleAdjoint.*did not find the initial state again.*zero.*not one bit"
+    r"(?s)Pass all.*`args`.*did not find the initial state again.*not a bit allowed"
 )
 
 

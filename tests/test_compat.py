@@ -197,11 +197,3 @@ def test_steps_of_this_diffrax_leave_the_space_time_area_as_it_is():
     """If not, the answer is what it should be all the same: `test_stochastic.py` has
     orders that only the right sign gives."""
     assert _compat.flips_space_time_area() is False
-
-
-def test_the_program_of_a_closure_converted_function_can_be_looked_at():
-    """Of one that closes over something, as those of terms do."""
-    one = jnp.array(1.0)
-    fn = eqx.filter_closure_convert(lambda x: jnp.sin(x) + one, one)
-    names = [equation.primitive.name for equation in _compat.program_of(fn).eqns]
-    assert names == ["sin", "add"]

@@ -277,7 +277,7 @@ def second_derivative(adjoint, num_steps=200):
 def test_a_hessian_whose_tangents_were_lost_is_withheld():
     """The states are undone to the bit, their tangents are not: 2**50 times a round-off
     of 1e-16."""
-    with pytest.raises(Exception, match=r"lost the tangents.*restart_every"):
+    with pytest.raises(Exception, match=r"tangents.*restart_every.*backward pass lost"):
         jax.block_until_ready(second_derivative(OURS))
     unchecked = rvx.ReversibleAdjoint(round_trip_tolerance=math.inf)
     exact = second_derivative(DIRECT)

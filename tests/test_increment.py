@@ -158,5 +158,5 @@ def test_a_field_of_another_dtype_is_refused_with_both_named():
 
     increment = make_increment(dfx.Heun(), Narrow(lambda t, y, args: -y), None)
     one = jnp.asarray(1.0)
-    with pytest.raises(ValueError, match=r"Reversible.*float64.*gave.*float32"):
+    with pytest.raises(ValueError, match=r"Cast.*float64.*gave.*float32"):
         evaluate(increment, one, 2 * one, one)

@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "reversax"
 # From the bottom to the top: a module imports only from those before it.
 ORDER = [
-    "_compat", "_guard", "_one_kernel", "_rounding", "_lanes", "_isolation",
+    "_compat", "_closure", "_guard", "_one_kernel", "_rounding", "_lanes", "_isolation",
     "_halvings", "_arithmetic", "_fixed_point", "_coupling", "_control", "_problem",
-    "_increment", "_psi", "_pair", "_watch", "_solver", "_clock", "_times", "_tape",
-    "_observe", "_event", "_setup", "_faults", "_forward", "_certificate",
+    "_increment", "_psi", "_pair", "_watch", "_base", "_solver", "_clock", "_times",
+    "_tape", "_observe", "_event", "_setup", "_faults", "_forward", "_certificate",
     "_one_lane", "_backward", "_adjoint", "_round_trip", "__init__",
     "compare._candidates", "compare._problem", "compare._gradient", "compare._measure",
     "compare._recommend", "compare._load", "compare._plot", "compare._report",

@@ -138,13 +138,8 @@ def test_the_check_at_a_restart_is_that_at_t0(monkeypatch):
 
 @pytest.mark.parametrize("value", [0, -3, 2.5, "often", True], ids=repr)
 def test_a_number_of_steps_that_is_none_is_refused(value):
-    with pytest.raises(ValueError, match=r"restart_every=.*at least 1"):
+    with pytest.raises(ValueError, match=r"at least 1.*restart_every="):
         loss(rvx.ReversibleAdjoint(restart_every=value), ARGS)
-
-
-def test_keeping_pairs_of_an_unbounded_number_of_steps_is_refused():
-    with pytest.raises(ValueError, match=r"max_steps=None.*restart_every=16"):
-        loss(rvx.ReversibleAdjoint(restart_every=16), ARGS, max_steps=None)
 
 
 def test_a_solve_of_fewer_steps_than_there_are_to_a_restart_keeps_no_pair():

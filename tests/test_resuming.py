@@ -290,7 +290,9 @@ def test_both_ways_may_be_shown(capsys):
 
 @pytest.mark.parametrize("meter", [None, True, dfx.TextProgressMeter], ids=repr)
 def test_a_meter_that_is_none_is_refused(meter):
-    with pytest.raises(TypeError, match=r"ReversibleAdjoint\(progress_meter=.*got"):
+    with pytest.raises(
+        TypeError, match=r"progress meter.*ReversibleAdjoint\(progress_meter="
+    ):
         rvx.ReversibleAdjoint(progress_meter=meter)
 
 

@@ -26,7 +26,7 @@ from ._guard import detached, forward_only, reverse_only
 from ._halvings import Count, Index
 from ._lanes import Axes, batch_aware
 from ._observe import add_trees
-from ._one_lane import Lane, Outputs, make_lane, sum_over_lanes
+from ._one_lane import Lane, Outputs, make_lane, outputs_of, sum_over_lanes
 from ._psi import Lanes
 from ._setup import CALL, Setup, set_up
 from ._tape import Record
@@ -45,21 +45,6 @@ class _Residuals(eqx.Module):
     """Where the last step that was made ended, if there is an event."""
     outputs: Outputs
     """The shapes of all but the pair."""
-
-
-def _outputs(final_state: Any, pair: Any) -> Outputs:
-    """What of a final state, or of the cotangent of one, concerns differentiation."""
-    save_states = Setup.save_states(final_state)
-    return Outputs(
-        pair,
-        [s.ys for s in save_states],
-        [s.ts for s in save_states],
-        final_state.dense_infos,
-        final_state.dense_ts,
-        final_state.event_dense_info,
-        final_state.event_tprev,
-        final_state.event_tnext,
-    )
 
 
 def _materialise(like: PyTree, ct: PyTree) -> PyTree[Array]:
@@ -111,7 +96,7 @@ def _solve_fwd(perturbed, parts, *, setup: Setup, axes: Axes | None):
         num_ts=[jnp.asarray(s.saveat_ts_index) for s in save_states],
         t_final=final_state.tprev,
         last_end=final_state.event_tnext,
-        outputs=jtu.tree_map(describe, _outputs(final_state, None)),
+        outputs=jtu.tree_map(describe, outputs_of(final_state, None)),
     )
     return (final_state, forward.aux_stats), residuals
 
@@ -135,7 +120,7 @@ def _walk_back_and_check(
     """The cotangents of `parts`."""
     ct_final_state, _ = ct_out
     like = residuals.outputs._replace(pair=residuals.pair)
-    ct_outputs = _outputs(ct_final_state, ct_final_state.solver_state.pair)
+    ct_outputs = outputs_of(ct_final_state, ct_final_state.solver_state.pair)
     ct_outputs = _materialise(like, ct_outputs)
     walk = _walk(residuals, ct_outputs, perturbed, parts, setup, axes)
     pair0 = _in_each_lane(parts[0], residuals, axes)
@@ -247,15 +232,16 @@ def _finish(ct, zeros: Array, parts, axes: Axes | None):
         if ct is None:
             return None
         zero = zeros.sum() if axis is None else zeros.reshape(-1, *[1] * (ct.ndim - 1))
-        return (ct + zero).astype(x.dtype)
+        return ct.astype(x.dtype) + zero.astype(x.dtype)
 
     return jtu.tree_map(leaf, parts, axes_parts, ct)
 
 
 _CONTROLLER_STATE_USED = (
-    f"{CALL} was differentiated with respect to times (`t0`, `t1`, `dt0`, or others) "
-    "through the `controller_state` it returned, which it cannot do. Resume without "
-    "that, or with `jax.lax.stop_gradient` of it; or use `RecursiveCheckpointAdjoint`."
+    "Resume without the `controller_state` that a solve returned, or with "
+    "`jax.lax.stop_gradient` of it: there are no derivatives through it with respect "
+    "to times (`t0`, `t1`, `dt0`, or others). `RecursiveCheckpointAdjoint` has them. "
+    f"({CALL})"
 )
 
 
@@ -300,9 +286,9 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
     def __check_init__(self):
         if not isinstance(self.progress_meter, dfx.AbstractProgressMeter):
             raise TypeError(
-                "`reversax.ReversibleAdjoint(progress_meter=...)` needs a progress "
-                "meter of Diffrax, such as `diffrax.TqdmProgressMeter()`, got "
-                f"{self.progress_meter!r}."
+                "Pass a progress meter of Diffrax, such as "
+                "`diffrax.TqdmProgressMeter()`, as `reversax.ReversibleAdjoint("
+                f"progress_meter=...)`, not {self.progress_meter!r}."
             )
         tolerance = self.round_trip_tolerance
         if tolerance is None:
@@ -310,13 +296,13 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
         is_number = isinstance(tolerance, int | float) and type(tolerance) is not bool
         if not (is_number and tolerance >= 0):
             raise ValueError(
-                "`reversax.ReversibleAdjoint(round_trip_tolerance=...)` must be a "
-                "Python number of at least 0, `math.inf`, or `None`, got "
+                "Pass a Python number of at least 0, `math.inf`, or `None` as "
+                "`reversax.ReversibleAdjoint(round_trip_tolerance=...)`, not "
                 f"{tolerance!r}."
             )
 
     def loop(
-        self,
+        self: Any = None,
         *,
         throw,
         passed_solver_state,
@@ -324,6 +310,11 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
         **problem,
     ):
         del passed_controller_state
+        if self is None:  # Diffrax calls whatever it is given.
+            raise TypeError(
+                "Pass `adjoint=reversax.ReversibleAdjoint()` with the brackets, not "
+                "the class."
+            )
         parts, setup = set_up(
             **problem,
             call=CALL,
@@ -353,7 +344,7 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
 
 def _detach_the_rest(final_state: Any) -> Any:
     """All but what may be differentiated made constant."""
-    outputs = _outputs(final_state, final_state.solver_state)
+    outputs = outputs_of(final_state, final_state.solver_state)
     outputs = outputs, final_state.controller_state  # Of which the use is refused.
     kept = {id(x) for x in jtu.tree_leaves(outputs) if eqx.is_inexact_array(x)}
 

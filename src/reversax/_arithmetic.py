@@ -13,6 +13,7 @@ import abc
 from typing import Any
 
 import equinox as eqx
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -104,7 +105,7 @@ class FloatingPoint(AbstractArithmetic):
 
     def halve_gap(self, y: Code, z: Code, halvings: Count) -> tuple[Code, Code]:
         share = lambda x: (1 - 1 / power_of_two(halvings, x.dtype)) / 2
-        c = jtu.tree_map(lambda a, b: (a - b) * share(a), y, z)
+        c = jtu.tree_map(lambda a, b: scaled(a - b, share(a)), y, z)
         return self.subtract(y, c), self.add(z, c)  # (H)
 
     def shed_bits(self, y: Code, z: Code, halvings: Count) -> None:
@@ -114,7 +115,7 @@ class FloatingPoint(AbstractArithmetic):
         self, y: Code, z: Code, halvings: Count, shed_bits: None
     ) -> tuple[Code, Code]:
         share = lambda x: (power_of_two(halvings, x.dtype) - 1) / 2
-        c = jtu.tree_map(lambda a, b: (a - b) * share(a), y, z)
+        c = jtu.tree_map(lambda a, b: scaled(a - b, share(a)), y, z)
         return self.add(y, c), self.subtract(z, c)  # (H)
 
     def outgrown(self, code: Code) -> Bool[Array, ""]:
@@ -129,7 +130,17 @@ class FloatingPoint(AbstractArithmetic):
 
 
 def power_of_two(exponent: Count, dtype: Any) -> Array:
-    return (np.uint32(1) << jnp.asarray(exponent, jnp.uint32)).astype(dtype)
+    """A real number, in the precision of `dtype`, which may be complex."""
+    power = np.uint32(1) << jnp.asarray(exponent, jnp.uint32)
+    return power.astype(jnp.finfo(dtype).dtype)
+
+
+def scaled(x: Array, factor: Any) -> Array:
+    """`x` times a real number; part by part if it is complex, of which one part may be
+    infinite, or no number, and not the other."""
+    if not jnp.iscomplexobj(x):
+        return x * factor
+    return lax.complex(x.real * factor, x.imag * factor)
 
 
 FloatingPoint.__init__.__doc__ = """**Arguments:** None"""

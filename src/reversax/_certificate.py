@@ -35,6 +35,7 @@ from jaxtyping import Array, Float
 from ._coupling import Pair
 from ._guard import agreeing
 from ._pair import Scheme
+from ._setup import CALL
 from ._watch import Scale, default_tolerance, largest, not_too_small
 
 _SMALLEST_DECADE = -17
@@ -69,14 +70,14 @@ def relative_size(difference: Pair, scale: Scale) -> list[Float[Array, ""]]:
 
 
 _TANGENTS_LOST = (
-    "A gradient of `diffrax.diffeqsolve(..., adjoint=reversax.ReversibleAdjoint())` "
-    "was differentiated in forward mode (`jax.hessian`, `jax.jvp` of `jax.grad`), and "
-    "its backward pass lost the tangents of the states: undoing a step magnifies their "
-    "round-off, in fixed point too. Have them restart: "
+    "Have the tangents of the states restart, "
     "`reversax.ReversibleAdjoint(restart_every=...)`, after as many steps as make 8 "
-    "halvings in single precision or 16 in double, 32 or 64 steps with "
-    "`reversax.Symmetric(halvings_per_step=1/4)`, fewer on a contracting flow. Or "
-    "use `adjoint=diffrax.DirectAdjoint()` with the same solver."
+    "halvings in single precision or 16 in double (32 or 64 steps with "
+    "`reversax.Symmetric(halvings_per_step=1/4)`), fewer on a contracting flow: a "
+    "gradient was differentiated in forward mode (`jax.hessian`, `jax.jvp` of "
+    "`jax.grad`), and its backward pass lost them. Undoing a step magnifies their "
+    "round-off, in fixed point too. Or use `adjoint=diffrax.DirectAdjoint()` with the "
+    "same solver."
 )
 
 
@@ -103,56 +104,51 @@ def checked_tangents(
     return eqx.combine(treedef.unflatten(leaves), rest), zero
 
 
-_INEXACT_REMEDY = (
-    "The gradient would be wrong, so it is withheld. Reversing amplifies round-off by "
-    "1/coupling_parameter (`reversax.McCallumFoster`) or 2**halvings_per_step "
-    "(`reversax.Symmetric`) at each step, and by exp(|alpha|*T) on a contracting flow. "
-    "To lose nothing: `arithmetic=reversax.FixedPoint()` with `reversax.Symmetric()`, "
-    "the default of `reversax.Reversible`. To lose less: restart from kept states more "
-    "often (`ReversibleAdjoint(restart_every=...)`), a weaker coupling (a coupling "
-    "parameter closer to 1), fewer steps, or 64-bit states "
-    "(`jax.config.update('jax_enable_x64', True)`); or use "
-    "`adjoint=diffrax.RecursiveCheckpointAdjoint()` with the same solver. "
-    "`reversax.round_trip_error` measures the loss without a gradient. To accept it, "
-    "pass `ReversibleAdjoint(round_trip_tolerance=...)`, or `math.inf` there not to "
-    "check."
-)
-_EXACT_REMEDY = (
-    "The gradient may be wrong, so it is withheld. In fixed-point arithmetic not one "
-    "bit may differ, so the vector field did not return the same values twice for the "
-    "same arguments. Does it read anything but `t`, `y` and `args` (a Python variable "
-    "that changes, a callback to the host, random numbers without a key)? Then pass "
-    "that through `args`. Does the device compute sums in no fixed order? Then choose "
-    "deterministic operations (`XLA_FLAGS=--xla_gpu_deterministic_ops=true`). To "
-    "accept a difference, pass `ReversibleAdjoint(round_trip_tolerance=...)`, or "
-    "`math.inf` there not to check."
-)
-
-
 def _messages(tolerance: float | None, exact: bool) -> list[str]:
+    """What to do first, then how far off the round trip was."""
     if tolerance is not None:
-        stated = f"{tolerance:g}"
+        stated = f"a tolerance of {tolerance:g}"
     elif exact:
-        stated = "its default for exact arithmetic, zero"
+        stated = "not a bit allowed"
     else:
-        stated = "its default, the square root of the state's machine epsilon"
-    remedy = _EXACT_REMEDY if exact else _INEXACT_REMEDY
-    subject = (
-        "`diffrax.diffeqsolve(..., adjoint=reversax.ReversibleAdjoint())`: the "
-        "backward pass did not find the initial state again (nor one kept to restart "
-        "from). Its round trip is off by "
-    )
-    tail = f"of the state's largest size, and the tolerance is {stated}. {remedy}"
-    sizes = [f"between 1e{k:+03d} and 1e{k + 1:+03d} {tail}" for k in _DECADES]
-    sizes[0] = f"less than 1e{_SMALLEST_DECADE + 1:+03d} {tail}"
-    sizes[-1] = f"more than 1e{_DECADES[-1]:+03d} {tail}"
+        stated = "a tolerance of the square root of the machine epsilon"
+    first, more = _EXACT if exact else _INEXACT
+
+    def message(size: str) -> str:
+        return (
+            f"{first} the backward pass did not find the initial state again (nor one "
+            f"kept to restart from). It was off by {size}, with {stated}. {more} "
+            f"({CALL})"
+        )
+
+    of_size = "of the state's largest size"
+    sizes = [f"between 1e{k:+03d} and 1e{k + 1:+03d} {of_size}" for k in _DECADES]
+    sizes[0] = f"less than 1e{_SMALLEST_DECADE + 1:+03d} {of_size}"
+    sizes[-1] = f"more than 1e{_DECADES[-1]:+03d} {of_size}"
+    where = "`reversax.FixedPoint(largest=...)`, or smaller steps" if exact else ""
     not_finite = (
-        "a value that is not finite: the solution or its reconstruction overflowed. "
-        "If the solution itself did, take smaller steps"
-        + (", or give `reversax.FixedPoint(largest=...)` its size. " if exact else ". ")
-        + remedy
+        f"Try {where or 'smaller steps'}: the solution or its reconstruction "
+        f"overflowed, so the gradient is withheld. ({CALL})"
     )
-    return [subject + size for size in [*sizes, not_finite]]
+    return [*map(message, sizes), not_finite]
+
+
+_INEXACT = (
+    "Use `arithmetic=reversax.FixedPoint()` with `reversax.Symmetric()`, the default "
+    "of `reversax.Reversible`, which loses nothing:",
+    "In floating point, restart from kept states more often "
+    "(`reversax.ReversibleAdjoint(restart_every=...)`) or take 64-bit states. "
+    "`reversax.round_trip_error` measures what is lost, and "
+    "`reversax.ReversibleAdjoint(round_trip_tolerance=...)` accepts it.",
+)
+_EXACT = (
+    "Pass all that the vector field reads through `args`:",
+    "The field did not return the same values twice: does it read a Python variable "
+    "that changes, call back to the host, or draw random numbers without a key; or "
+    "does the device sum in no fixed order (for which there is "
+    "`XLA_FLAGS=--xla_gpu_deterministic_ops=true`)? "
+    "`reversax.ReversibleAdjoint(round_trip_tolerance=...)` accepts a difference.",
+)
 
 
 def certificate(

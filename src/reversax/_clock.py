@@ -30,8 +30,9 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
 from ._arithmetic import State
-from ._compat import clip_to_end, prevbefore
-from ._control import Time, depends_on_argument
+from ._closure import closed
+from ._compat import clip_to_end, depends_on_argument, prevbefore
+from ._control import Time
 
 
 def just_below(t1: Time) -> Time:
@@ -80,8 +81,13 @@ class ClosedController(dfx.AbstractStepSizeController):
             _, next_t0, next_t1, _, state, _ = said
             return inexact(Moment(jnp.asarray(next_t0), jnp.asarray(next_t1), state))
 
-        moment, pull = jax.vjp(next_moment, (y0, y0, y0))
+        moment, pull = jax.vjp(next_moment, (y0, y0, _sizes(y0)))
         return depends_on_argument(pull, moment)
+
+
+def _sizes(y: State) -> State:
+    """Absolute values, as errors are given."""
+    return jtu.tree_map(jnp.abs, y)
 
 
 def close_controller(
@@ -92,8 +98,8 @@ def close_controller(
     y0: State,
 ) -> tuple[ClosedController, PyTree]:
     """The controller, closed over all that it depends on but the times of a step, the
-    states at its ends, its error (which has the structure and dtypes of a state) and
-    the controller's own state; and that state as arrays. `moment` is the first."""
+    states at its ends, its error (real, as sizes are) and the controller's own state;
+    and that state as arrays. `moment` is the first."""
 
     def adapt(t0, t1, states, controller_state):
         y0, y1, y_error = states
@@ -101,7 +107,7 @@ def close_controller(
             t0, t1, y0, y1, args, y_error, error_order, controller_state
         )
 
-    first = moment.t0, moment.t1, (y0, y0, y0)
+    first = moment.t0, moment.t1, (y0, y0, _sizes(y0))
     # The first state may be of Python scalars: what a loop makes of these is up to the
     # next one.
     *_, after, _ = eqx.filter_eval_shape(adapt, *first, moment.controller_state)
@@ -109,7 +115,7 @@ def close_controller(
         x if eqx.is_array(x) else jnp.asarray(x, jnp.result_type(later))
     )
     state = jtu.tree_map(as_array, moment.controller_state, after)
-    return ClosedController(eqx.filter_closure_convert(adapt, *first, state)), state
+    return ClosedController(closed(adapt, *first, state)), state
 
 
 def pull_through(fn: Callable, clock: Clock, other: Clock, ct: PyTree) -> Clock:

@@ -29,6 +29,7 @@ from equinox.internal import (
     unvmap_any as unvmap_any,
     while_loop as while_loop,
 )
+from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import Array, PyTree
 
 # Said by Optimistix, whose results Diffrax's extend.
@@ -71,9 +72,12 @@ def number_of_devices(module_context: Any) -> int:
     return getattr(module_context.axis_context, "num_devices", 0)
 
 
-def program_of(fn: Any) -> Any:
-    """The jaxpr of what `equinox.filter_closure_convert` made of a closure."""
-    return fn.jaxpr
+def depends_on_argument(fn: Callable, x: PyTree[Array]) -> bool:
+    """Whether `fn(x)` depends on `x`: whether what of its program is needed for it
+    reads that. So `0 * x + 1` counts as what does."""
+    jaxpr = jax.make_jaxpr(fn)(x).jaxpr
+    _, read = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return any(read)
 
 
 def clip_to_end(t0: Any, t1: Any, end: Any, just_below_end: Any, keep: Any) -> Any:

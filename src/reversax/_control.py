@@ -16,18 +16,17 @@ A solver that takes its own steps asks the terms for the control itself. It is g
 turns time around where `t1 < t0`, but changes the sign of `H` too.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree, Real
 
-from ._compat import WrapTerm, flips_space_time_area
+from ._arithmetic import scaled
+from ._compat import WrapTerm, depends_on_argument, flips_space_time_area
 
 Time = Real[Array, ""] | np.ndarray | float
 Sign = Array | np.ndarray | int
@@ -45,8 +44,8 @@ def _is_increment(x: Any) -> bool:
 
 
 def _times(sign: Sign, tree: PyTree[Array]) -> PyTree[Array]:
-    times = lambda x: x * jnp.asarray(sign).astype(jnp.result_type(x))
-    return jtu.tree_map(times, tree)
+    sign_of = lambda x: jnp.asarray(sign).astype(jnp.result_type(jnp.real(x)))
+    return jtu.tree_map(lambda x: scaled(x, sign_of(x)), tree)
 
 
 def in_direction(control: Control, sign: Sign) -> Control:
@@ -58,11 +57,11 @@ def in_direction(control: Control, sign: Sign) -> Control:
             return _times(sign, x)
         if type(x) not in _KNOWN_INCREMENTS:
             raise NotImplementedError(
-                f"`reversax.Reversible(...)` got a Brownian increment of type "
-                f"`{type(x).__name__}`, and does not know what becomes of it along the "
-                "reversed path. Use a path with `levy_area=` one of "
+                "Use a Brownian path with `levy_area=` one of "
                 "`diffrax.BrownianIncrement`, `diffrax.SpaceTimeLevyArea` and "
-                "`diffrax.SpaceTimeTimeLevyArea`."
+                "`diffrax.SpaceTimeTimeLevyArea`: what becomes of a "
+                f"`{type(x).__name__}` along the reversed path is not known to "
+                "`reversax.Reversible(...)`."
             )
         signed = _times(sign, x)
         if isinstance(x, dfx.AbstractSpaceTimeLevyArea):
@@ -149,17 +148,6 @@ def controls_of(terms: PyTree[dfx.AbstractTerm], t0: Time, t1: Time) -> list[Con
     """The controls of all terms over a step."""
     leaves = jtu.tree_leaves(terms, is_leaf=_is_single_term)
     return [_control_of(term, t0, t1) for term in leaves]
-
-
-def depends_on_argument(fn: Callable, x: PyTree[Array]) -> bool:
-    """Whether `fn(x)` depends on `x`: whether its program reads it, so that what only
-    seems to depend on it, as `0 * x + 1` does, counts as what does."""
-    closed = jax.make_jaxpr(fn)(x)
-    read = set(closed.jaxpr.invars)
-    for equation in closed.jaxpr.eqns:
-        if any(v in read for v in equation.invars if not hasattr(v, "val")):
-            read.update(equation.outvars)
-    return any(v in read for v in closed.jaxpr.outvars if not hasattr(v, "val"))
 
 
 def noise_is_additive(

@@ -32,7 +32,7 @@ import jax.lax as lax
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._arithmetic import AbstractArithmetic, State
+from ._arithmetic import AbstractArithmetic, State, scaled
 from ._compat import unvmap_any
 from ._halvings import MOST, SELDOM, AbstractSchedule, Count, Index, PerStep
 
@@ -62,8 +62,8 @@ def _as_halvings_per_step(value) -> int | float | str:
         if math.isfinite(inverse) and float(value) == 1 / round(inverse):
             return 1 / round(inverse) if round(inverse) > 1 else 1
     raise ValueError(
-        '`reversax.Symmetric(halvings_per_step=...)` needs "auto", a Python integer '
-        f"from 1 to {_MOST_OF_ALL}, or 1/m for an integer m, such as 1/4; got "
+        f'Pass "auto", a Python integer from 1 to {_MOST_OF_ALL}, or 1/m for an '
+        "integer m, such as 1/4, as `reversax.Symmetric(halvings_per_step=...)`, not "
         f"{value!r}."
     )
 
@@ -175,7 +175,7 @@ class Symmetric(AbstractCoupling):
         return _where_halved(arithmetic, pair, halvings, double)  # (S)
 
     def readout(self, pair: Pair) -> State:
-        return jtu.tree_map(lambda y, z: (y + z) / 2, pair.y, pair.z)  # (S)
+        return jtu.tree_map(lambda y, z: scaled(y + z, 0.5), pair.y, pair.z)  # (S)
 
     @property
     def amplification(self) -> float | None:
@@ -219,22 +219,23 @@ Symmetric.__init__.__doc__ = f"""**Arguments:**
 def _as_coupling_parameter(value) -> float:
     if isinstance(value, jax.core.Tracer):
         raise TypeError(
-            "`reversax.McCallumFoster(coupling_parameter=...)` got a traced value "
-            f"({value}). The coupling parameter is a constant of the scheme: pass a "
-            "Python float, outside of `jax.jit`, `jax.vmap` and `jax.grad`."
+            "Pass a Python float as `reversax.McCallumFoster(coupling_parameter=...)`, "
+            "outside of `jax.jit`, `jax.vmap` and `jax.grad`: it is a constant of the "
+            f"scheme, and this is a traced value ({value})."
         )
     if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
         raise TypeError(
-            "`reversax.McCallumFoster(coupling_parameter=...)` needs a number in "
-            f"(0, 1], got {value!r}."
+            "Pass a number in (0, 1] as "
+            f"`reversax.McCallumFoster(coupling_parameter=...)`, not {value!r}."
         )
     value = float(value)
     if not 0 < value <= 1:
         raise ValueError(
-            "`reversax.McCallumFoster(coupling_parameter=...)` must lie in (0, 1], got "
-            f"{value}. Values just below 1, such as the published 0.999, keep the "
-            "backward reconstruction accurate; smaller values damp the gap between the "
-            "twins faster."
+            "Pass a number in (0, 1] as "
+            f"`reversax.McCallumFoster(coupling_parameter=...)`, not {value}. Values "
+            "just below 1, such as the published 0.999, keep the backward "
+            "reconstruction accurate; smaller values damp the gap between the twins "
+            "faster."
         )
     return value
 

@@ -19,6 +19,7 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from ._arithmetic import State
+from ._closure import closed
 from ._compat import integration_loop, while_loop
 from ._control import Time
 from ._pair import Scheme
@@ -37,8 +38,8 @@ def close_event(
     but time and state, as constants."""
 
     def close(condition: Callable) -> Callable:
-        closed = lambda t, y: condition(t, y, args, **known)
-        return constant(eqx.filter_closure_convert(closed, t, y))
+        known_too = lambda t, y: condition(t, y, args, **known)
+        return constant(closed(known_too, t, y))
 
     conditions = jtu.tree_map(close, event.cond_fn, is_leaf=callable)
     return dfx.Event(conditions, direction=event.direction)

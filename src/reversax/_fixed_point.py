@@ -27,9 +27,9 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree, UInt, UInt32
+from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree, UInt, UInt32
 
-from ._arithmetic import AbstractArithmetic, Code, State, power_of_two
+from ._arithmetic import AbstractArithmetic, Code, State, power_of_two, scaled
 from ._guard import with_derivative_of
 from ._halvings import Count
 
@@ -38,15 +38,30 @@ class Number(eqx.Module):
     """A fixed-point number, and its value in floating point, which carries derivatives.
 
     NaN as the value marks a number that left its range, and everything made from it.
+    The words of a complex number are those of its parts, along one more axis.
     """
 
     high: Int[Array, "..."]
     low: UInt[Array, "..."]
-    value: Float[Array, "..."]
+    value: Inexact[Array, "..."]
 
 
 def _is_number(x: Any) -> bool:
     return isinstance(x, Number)
+
+
+def _parts(x: Array) -> Float[Array, "..."]:
+    """The real numbers that an array consists of, along one more axis if it is complex:
+    real part, imaginary part."""
+    return jnp.stack([x.real, x.imag], axis=-1) if jnp.iscomplexobj(x) else x
+
+
+def _whole(parts: Float[Array, "..."], dtype: Any) -> Array:
+    """Undoes `_parts`, for an array of `dtype`."""
+    if not jnp.issubdtype(dtype, jnp.complexfloating):
+        return parts.astype(dtype)
+    parts = parts.astype(jnp.finfo(dtype).dtype)
+    return lax.complex(parts[..., 0], parts[..., 1])
 
 
 def _word(dtype: Any) -> int:
@@ -103,8 +118,8 @@ def _as_largest(value: Any) -> float | None:
     is_number = isinstance(value, int | float) and type(value) is not bool
     if not (is_number and 0 < value < math.inf):
         raise ValueError(
-            "`reversax.FixedPoint(largest=...)` needs a positive Python number, the "
-            f"largest absolute value that the state reaches, got {value!r}."
+            "Pass the largest absolute value that the state reaches, a positive Python "
+            f"number, as `reversax.FixedPoint(largest=...)`, not {value!r}."
         )
     return float(value)
 
@@ -146,9 +161,9 @@ class FixedPoint(AbstractArithmetic):
         limit = (126 if word == 32 else 1022) - 2 * word
         if not -limit <= exponent <= limit:
             raise ValueError(
-                f"`reversax.FixedPoint(largest={self.largest:g})` cannot hold states "
-                f"of dtype {dtype}: `largest` must lie between 2**{-limit} and "
-                f"2**{limit}. Rescale the state."
+                f"Rescale the state: `reversax.FixedPoint(largest={self.largest:g})` "
+                f"cannot hold numbers of dtype {dtype}, for which `largest` must lie "
+                f"between 2**{-limit} and 2**{limit}."
             )
         return exponent
 
@@ -163,7 +178,7 @@ class FixedPoint(AbstractArithmetic):
         """The nearest integer to `x/q`, (Q)."""
         unit, _, wide = self._scales(x.dtype)
         word = _word(x.dtype)
-        scaled = x.astype(wide) * (1 / unit)
+        scaled = _parts(x).astype(wide) * (1 / unit)
         high = jnp.round(scaled)
         # Exact, since it has no digits that `scaled` had not. In [-1/2, 1/2], of which
         # both ends fit a signed word only below zero.
@@ -181,7 +196,7 @@ class FixedPoint(AbstractArithmetic):
         rest = _signed(low)
         high = high - (rest >> (_word(dtype) - 1))
         value = high.astype(wide) * unit_high + rest.astype(wide) * unit_low
-        return value.astype(dtype)
+        return _whole(value, dtype)
 
     def _number(
         self, words: Words, value: Array, before: "Number | None", addend: Array
@@ -194,19 +209,18 @@ class FixedPoint(AbstractArithmetic):
         """
         largest = 2.0 ** self.exponent(value.dtype)
         # Phrased so that NaN fails.
-        inside = [jnp.abs(lax.stop_gradient(x)) < largest for x in (value, addend)]
+        constant = lambda x: _parts(lax.stop_gradient(x))
+        inside = [jnp.abs(constant(x)) < largest for x in (value, addend)]
         inside = ft.reduce(jnp.logical_and, inside)
-        exact = self._value(words, value.dtype)
+        exact = _parts(self._value(words, value.dtype))
+        exact = _whole(jnp.where(inside, exact, jnp.nan), value.dtype)
         high, low = words
-        why = jnp.isfinite(lax.stop_gradient(addend)).astype(high.dtype)
+        why = jnp.isfinite(constant(addend)).astype(high.dtype)
         if before is not None:
-            was_lost = jnp.isnan(lax.stop_gradient(before.value))
+            was_lost = jnp.isnan(constant(before.value))
             why = jnp.where(was_lost, before.high, why)
-        return Number(
-            jnp.where(inside, high, why),
-            low,
-            with_derivative_of(value, jnp.where(inside, exact, jnp.nan)),
-        )
+        high = jnp.where(inside, high, why)
+        return Number(high, low, with_derivative_of(value, exact))
 
     def encode(self, y: State) -> Code:
         return jtu.tree_map(lambda x: self._number(self._words(x), x, None, x), y)
@@ -234,7 +248,8 @@ class FixedPoint(AbstractArithmetic):
             g = _shifted_right(_minus(a, b), 1)  # (H1)
             c = _minus(g, _shifted_right(g, halvings))  # (H1)
             gap = y.value - z.value
-            move = gap * ((1 - 1 / power_of_two(halvings, gap.dtype)) / 2)
+            share = (1 - 1 / power_of_two(halvings, gap.dtype)) / 2
+            move = scaled(gap, share)
             return (
                 self._number(_minus(a, c), y.value - move, y, gap),
                 self._number(_plus(b, c), z.value + move, z, gap),
@@ -266,8 +281,8 @@ class FixedPoint(AbstractArithmetic):
             c = _minus(g, upper)  # (H2)
             factor = power_of_two(halvings, y.value.dtype)
             # From the integers: the halved gap has lost the digits of its value.
-            gap = 2 * self._value(g, y.value.dtype)
-            move = (y.value - z.value) * ((factor - 1) / 2)
+            gap = scaled(self._value(g, y.value.dtype), 2)
+            move = scaled(y.value - z.value, (factor - 1) / 2)
             return (
                 self._number(*exactly(_plus(a, c), y.value + move), y, gap),
                 self._number(*exactly(_minus(b, c), z.value - move), z, gap),
@@ -276,7 +291,7 @@ class FixedPoint(AbstractArithmetic):
         return _unzip(jtu.tree_map(leaf, y, z, shed_bits, is_leaf=_is_number))
 
     def outgrown(self, code: Code) -> Bool[Array, ""]:
-        leaf = lambda x: jnp.any(jnp.isnan(x.value) & (x.high != 0))
+        leaf = lambda x: jnp.any(jnp.isnan(_parts(x.value)) & (x.high != 0))
         leaves = [leaf(x) for x in jtu.tree_leaves(code, is_leaf=_is_number)]
         return ft.reduce(jnp.logical_or, leaves, jnp.array(False))
 
@@ -284,12 +299,12 @@ class FixedPoint(AbstractArithmetic):
         def leaf(a, b):
             words = _minus((a.high, a.low), (b.high, b.low))
             dtype = a.value.dtype
-            value = self._value(words, dtype)
+            value = _parts(self._value(words, dtype))
             # Half precision has no number as small as a unit.
             same = (a.high == b.high) & (a.low == b.low)
             value = jnp.where(~same & (value == 0), jnp.finfo(dtype).tiny, value)
             lost = jnp.isnan(a.value) | jnp.isnan(b.value)
-            return jnp.where(lost, jnp.nan, value)
+            return jnp.where(lost, jnp.nan, _whole(value, dtype))
 
         return jtu.tree_map(leaf, a, b, is_leaf=_is_number)
 

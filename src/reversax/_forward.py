@@ -9,6 +9,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from ._base import checked_at
 from ._clock import Clock, ClosedController, Sensitivity, any_of
 from ._compat import DIVERGED, integration_loop, while_loop
 from ._coupling import Pair
@@ -19,7 +20,7 @@ from ._pair import Scheme
 from ._psi import NO_LANES, Lanes, Psi
 from ._setup import CALL, Setup, saveat_with
 from ._solver import ClosedSolver, Interpolated, Progress, TwinState, result_of
-from ._tape import Record, Recorder, Tape, recording_while_loop
+from ._tape import Record, Recorder, RecorderState, Tape, recording_while_loop
 from ._times import AbstractTimes, PrescribedTimes
 from ._watch import APART, LOST, OUTGROWN, SOUND, Watch, begin
 
@@ -47,37 +48,26 @@ def run(
 
     `perturbed` says what of the `parts` will be differentiated, and `lanes` of which
     lanes this is one, both so that the two passes evaluate the increment alike. If
-    `perturbed` is `None` there is no other pass.
+    `perturbed` is `None` there is no other pass, and nothing is recorded for it.
+
+    **Raises:** `ValueError` if something would have to be, of a number of steps that
+    has no bound.
     """
+    if perturbed is not None and setup.unbounded is not None:
+        raise ValueError(setup.unbounded)
     pair0, increment, fns, clock = parts
-    scheme, plan = setup.scheme, setup.plan
-    isolated = scheme.arithmetic.exact and perturbed is not None
-    _, differentiated, _, varied = [False] * 4 if perturbed is None else perturbed
-    diff, nondiff = eqx.partition(increment, differentiated if isolated else False)
-    times = isolated and any_of(varied)
-    options = isolated, setup.error, setup.dense, times
-    psi = Psi(diff, nondiff, lanes.axes, lanes.axis_name, *options, lanes.lane)
+    scheme = setup.scheme
+    _, _, _, varied = [False] * 4 if perturbed is None else perturbed
+    psi = _psi(increment, setup, perturbed, lanes)
     solver = ClosedSolver(
-        *(scheme, psi, plan.schedule, setup.look_every, clock.t1),
+        *(scheme, psi, setup.plan.schedule, setup.look_every, clock.t1),
         *(setup.base_interpolation_cls, setup.error_order),
     )
     fns = [_save_with(fn, scheme) for fn in fns]
     saveat = saveat_with(setup.saveat, fns, clock.ts)
     controller = _recorder(setup, clock, varied)
-    controller_state = controller.begin(clock.controller_state, clock.t0, pair0)
-    interval = clock.t0, clock.first_end
-    no_step = (None, None) if setup.event is None else (clock.t0, clock.t0)
-    watch = begin(scheme.readout(pair0), clock.t0)
-    progress = Progress(jnp.zeros((), jnp.int32), watch)
-    init_state = eqx.tree_at(
-        lambda s: (
-            *(s.y, s.solver_state, s.controller_state),
-            *(s.tprev, s.tnext, s.event_tprev, s.event_tnext),
-        ),
-        setup.init_state,
-        (pair0, progress, controller_state, *interval, *no_step),
-        is_leaf=lambda x: x is None,
-    )
+    first = clock.controller_state, clock.t0, pair0
+    controller_state = controller.begin(*first, records=perturbed is not None)
     final_state, aux_stats = integration_loop(
         solver=solver,
         stepsize_controller=controller,
@@ -89,12 +79,44 @@ def run(
         max_steps=setup.plan.max_steps,
         terms=None,
         args=None,
-        init_state=init_state,
+        init_state=_first_state(setup, clock, pair0, controller_state),
         inner_while_loop=ft.partial(while_loop, kind="lax"),
         outer_while_loop=recording_while_loop,
         progress_meter=setup.progress_meter,
     )
-    return _taken_apart(final_state, aux_stats, setup)
+    forward = _taken_apart(final_state, aux_stats, setup)
+    begun = clock.t0, scheme.decode(pair0).z
+    last = final_state.tprev, scheme.decode(forward.pair).z
+    return checked_at(forward, increment, begun, last)
+
+
+def _first_state(
+    setup: Setup, clock: Clock, pair0: Pair, controller_state: RecorderState
+) -> Any:
+    """Diffrax's own, in which the state is the pair."""
+    no_step = (None, None) if setup.event is None else (clock.t0, clock.t0)
+    watch = begin(setup.scheme.readout(pair0), clock.t0)
+    progress = Progress(jnp.zeros((), jnp.int32), watch)
+    return eqx.tree_at(
+        lambda s: (
+            *(s.y, s.solver_state, s.controller_state),
+            *(s.tprev, s.tnext, s.event_tprev, s.event_tnext),
+        ),
+        setup.init_state,
+        (pair0, progress, controller_state, clock.t0, clock.first_end, *no_step),
+        is_leaf=lambda x: x is None,
+    )
+
+
+def _psi(
+    increment: AbstractIncrement, setup: Setup, perturbed: Any, lanes: Lanes
+) -> Psi:
+    """The increment, as both passes evaluate it."""
+    isolated = setup.scheme.arithmetic.exact and perturbed is not None
+    _, differentiated, _, varied = [False] * 4 if perturbed is None else perturbed
+    diff, nondiff = eqx.partition(increment, differentiated if isolated else False)
+    options = isolated, setup.error, setup.dense, isolated and any_of(varied)
+    return Psi(diff, nondiff, lanes.axes, lanes.axis_name, *options, lanes.lane)
 
 
 def run_for_derivative(
@@ -115,12 +137,11 @@ def run_for_derivative(
 
 
 _FOLLOWS_STATE = (
-    f"{CALL} was differentiated, and the sizes of its steps, as its "
-    "`stepsize_controller` chooses them, have a derivative with respect to the state. "
-    "It takes them for constants, as Diffrax's own controllers do. Do so in the "
-    "controller (`jax.lax.stop_gradient` of what is computed from `y0`, `y1_candidate` "
-    "or `y_error`), or use `adjoint=diffrax.RecursiveCheckpointAdjoint()` with the "
-    "same solver."
+    "Apply `jax.lax.stop_gradient` to what your `stepsize_controller` computes from "
+    "`y0`, `y1_candidate` or `y_error`: the sizes of its steps have a derivative with "
+    "respect to the state, and are constants here, as those of Diffrax's own "
+    "controllers are. Or use `adjoint=diffrax.RecursiveCheckpointAdjoint()` with the "
+    f"same solver. ({CALL})"
 )
 
 

@@ -22,20 +22,20 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
 FORWARD_MODE_MESSAGE = (
-    "`diffrax.diffeqsolve(..., adjoint=reversax.ReversibleAdjoint())` was "
-    "differentiated in forward mode (`jax.jvp`, `jax.jacfwd`), but it only has a "
-    "reverse-mode derivative. Use `jax.grad`, `jax.vjp` or `jax.jacrev`; or, with the "
-    "same `reversax.Reversible` solver, `adjoint=diffrax.ForwardMode()` (forward mode "
-    "only) or `adjoint=diffrax.DirectAdjoint()` (both modes)."
+    "Use `jax.grad`, `jax.vjp` or `jax.jacrev` (in Optimistix `options=dict("
+    "jac='bwd')`): a solve with `adjoint=reversax.ReversibleAdjoint()` has no "
+    "derivative in forward mode (`jax.jvp`, `jax.jacfwd`). With the same solver, "
+    "`adjoint=diffrax.ForwardMode()` has that only, `adjoint=diffrax.DirectAdjoint()` "
+    "both."
 )
 
 
 REVERSE_OVER_REVERSE_MESSAGE = (
-    "A gradient of `diffrax.diffeqsolve(..., adjoint=reversax.ReversibleAdjoint())` "
-    "was differentiated in reverse mode once more (`jax.grad` of `jax.grad`, "
-    "`jax.jacrev` of `jax.jacrev`). Differentiate the gradient in forward mode: "
-    "`jax.hessian(f)`, `jax.jacfwd(jax.grad(f))`, or `jax.jvp(jax.grad(f), ...)` for "
-    "the product of the Hessian with a vector."
+    "Differentiate a gradient in forward mode: `jax.hessian(f)`, "
+    "`jax.jacfwd(jax.grad(f))`, or `jax.jvp(jax.grad(f), ...)` for the product of the "
+    "Hessian with a vector. That of a solve with "
+    "`adjoint=reversax.ReversibleAdjoint()` has no derivative in reverse mode "
+    "(`jax.grad` of `jax.grad`, `jax.jacrev` of `jax.jacrev`)."
 )
 
 
@@ -78,6 +78,25 @@ def _identity(name: str, jvp) -> jax.extend.core.Primitive:
 
 
 _reverse_only_p = _identity("reverse_only", _jvp)
+
+
+def _in_its_precision(ctx, x):
+    """An identity, which everything that a solve depends on passes first."""
+    wide = jnp.finfo(ctx.avals_in[0].dtype).bits == 64
+    if wide and not jax.config.read("jax_enable_x64"):
+        raise ValueError(_PRECISION_CHANGES)
+    return [x]
+
+
+mlir.register_lowering(_reverse_only_p, _in_its_precision)
+
+_PRECISION_CHANGES = (
+    "Enable 64-bit mode around `jax.jit` (`with jax.enable_x64(): ...`, or "
+    "`jax.config.update('jax_enable_x64', True)`), not inside of it: a solve with "
+    "`adjoint=reversax.ReversibleAdjoint()` has 64-bit numbers, and the program that "
+    "it is part of is compiled without. JAX translates some operations only then, with "
+    "numbers of 32 bits."
+)
 
 
 def _zero_jvp(primals, tangents):

@@ -28,7 +28,7 @@ import abc
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
@@ -38,11 +38,12 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, PyTree
 
-from ._arithmetic import State
-from ._compat import program_of
+from ._arithmetic import State, scaled
+from ._closure import Closed, closed
 from ._control import Control, Half, Time, controls_of, over_half
 from ._isolation import equations_of, written_out
 from ._one_kernel import keeps_out_of_kernels
+from ._problem import is_of_diffrax
 
 
 class Advance(NamedTuple):
@@ -76,6 +77,8 @@ class AbstractIncrement(eqx.Module):
 
     contr: eqx.AbstractVar[Callable[[Time, Time], Control]]
     """The control of the step from one time to a later one."""
+    may_move: eqx.AbstractVar[bool]
+    """Whether a step of no length might not return its state, for all that is known."""
 
     @abc.abstractmethod
     def core(self, half: Half, y: State, *, extends: bool, lanes: int = 1) -> Core:
@@ -95,6 +98,11 @@ class AbstractIncrement(eqx.Module):
     def __call__(self, half: Half, y: State, *, error: bool, dense: bool) -> Advance:
         core = self.core(half, y, extends=error or dense)
         return self.extend(half, y, core, error=error, dense=dense)
+
+    def of_no_length(self, t: Time, y: State) -> State:
+        """`Psi` of a step of no length, which should be zero."""
+        half = Half(t, t, np.float32(1), self.contr(t, t))
+        return self.core(half, y, extends=False).increment
 
     @abc.abstractmethod
     def close(self, t: Time, y: State) -> "AbstractIncrement":
@@ -152,13 +160,18 @@ def _tableau(solver: dfx.AbstractSolver) -> Tableau | None:
     )
 
 
+def is_tableau(solver: dfx.AbstractSolver) -> bool:
+    """Whether the increment of a solver is known to be (RK1) to (RK3)."""
+    return _tableau(solver) is not None
+
+
 def _weighted_sum(weights: Sequence[float], ks: dict[int, State]) -> State:
     """`sum_i weights_i k_i` over the non-zero weights."""
     terms = [(w, ks[i]) for i, w in enumerate(weights) if w != 0]
     if not terms:
         return jtu.tree_map(jnp.zeros_like, next(iter(ks.values())))
-    scaled = [jtu.tree_map(lambda k, w=w: w * k, k) for w, k in terms]
-    return jtu.tree_map(lambda *xs: sum(xs[1:], start=xs[0]), *scaled)
+    weighted = [jtu.tree_map(lambda k, w=w: scaled(k, w), k) for w, k in terms]
+    return jtu.tree_map(lambda *xs: sum(xs[1:], start=xs[0]), *weighted)
 
 
 def _add(y: State, increment: State) -> State:
@@ -174,10 +187,10 @@ def _check_like_state(k: State, y: State) -> None:
     got, expected = describe(k), describe(y)
     if jtu.tree_structure(k) != jtu.tree_structure(y) or got != expected:
         raise ValueError(
-            "`reversax.Reversible(...)`: the vector field times the control must have "
-            f"the structure, shapes and dtypes of the state. The state has {expected}, "
-            f"the vector field gave {got}. Cast inside the vector field, or pass a "
-            "`y0` of the wider dtype."
+            "Cast inside the vector field, or pass a `y0` of the wider dtype: the "
+            "vector field times the control must have the structure, shapes and dtypes "
+            f"of the state, which has {expected}, and the vector field gave {got}. "
+            "(`reversax.Reversible(...)`)"
         )
 
 
@@ -191,6 +204,7 @@ class TableauIncrement(AbstractIncrement):
     writes_from: int | None = eqx.field(default=None, static=True)
     """From which size of a state on the arguments of the vector field are written to
     memory, if at all."""
+    may_move: ClassVar[bool] = False
 
     def writes_stages(self, y: State, lanes: int) -> bool:
         """Whether they are, of so many lanes."""
@@ -251,9 +265,9 @@ class TableauIncrement(AbstractIncrement):
         return Advance(core.increment, estimate, dense_info)
 
     def close(self, t: Time, y: State) -> "TableauIncrement":
-        contr = eqx.filter_closure_convert(self.contr, t, t)
+        contr = closed(self.contr, t, t)
         control = eqx.filter_eval_shape(self.contr, t, t)
-        vf_prod = eqx.filter_closure_convert(self.vf_prod, t, y, control)
+        vf_prod = closed(self.vf_prod, t, y, control)
         return TableauIncrement(
             *(contr, vf_prod, self.tableau, self.keeps_stages, _written_from(vf_prod))
         )
@@ -266,11 +280,11 @@ _LARGE, _LARGE_IN_KERNEL = 256, 8
 _ELSEWHERE = {"concatenate", "dynamic_slice", "gather", "pad", "rev", "slice"}
 
 
-def _written_from(fn: Callable) -> int | None:
+def _written_from(fn: Closed) -> int | None:
     """From which size on stages are written to memory: if an element of what a
-    closure-converted function returns may depend on others of its arguments, by
+    closed function returns may depend on others of its arguments, by
     operations that the compiler would fuse nevertheless."""
-    equations = list(equations_of(program_of(fn)))
+    equations = list(equations_of(fn.program))
     if not any(x.primitive.name in _ELSEWHERE for x in equations):
         return None
     return _LARGE if any(map(keeps_out_of_kernels, equations)) else _LARGE_IN_KERNEL
@@ -281,6 +295,7 @@ class StepIncrement(AbstractIncrement):
 
     contr: Callable
     step: Callable
+    may_move: bool = eqx.field(static=True)
 
     def core(self, half: Half, y: State, *, extends: bool, lanes: int = 1) -> Core:
         y1, estimate, dense_info, result = self.step(half, y)
@@ -300,10 +315,11 @@ class StepIncrement(AbstractIncrement):
         )
 
     def close(self, t: Time, y: State) -> "StepIncrement":
-        contr = eqx.filter_closure_convert(self.contr, t, t)
+        contr = closed(self.contr, t, t)
         control = eqx.filter_eval_shape(self.contr, t, t)
         half = Half(t, t, np.float32(1), control)
-        return StepIncrement(contr, eqx.filter_closure_convert(self.step, half, y))
+        step = closed(self.step, half, y)
+        return StepIncrement(contr=contr, step=step, may_move=self.may_move)
 
 
 def make_increment(
@@ -329,4 +345,6 @@ def make_increment(
         known_result = None if result is dfx.RESULTS.successful else result
         return y1, estimate, dense_info, known_result
 
-    return StepIncrement(contr=lambda t0, t1: controls_of(terms, t0, t1), step=step)
+    contr = lambda t0, t1: controls_of(terms, t0, t1)
+    may_move = not is_of_diffrax(solver)
+    return StepIncrement(contr=contr, step=step, may_move=may_move)

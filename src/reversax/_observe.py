@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, PyTree, Real
 
 from ._arithmetic import State
 from ._clock import inexact
+from ._closure import closed
 from ._control import Time
 from ._halvings import Index
 from ._pair import StepEnds, TwinInterpolation, dense_info
@@ -38,7 +39,7 @@ def add_trees(a: PyTree[Array], b: PyTree[Array]) -> PyTree[Array]:
 
 def close_fn(sub: dfx.SubSaveAt, args: PyTree, t: Time, y: State) -> Callable:
     """`fn(t, y)` of a `SubSaveAt`, with all it depends on among its leaves."""
-    return eqx.filter_closure_convert(lambda t, y: sub.fn(t, y, args), t, y)
+    return closed(lambda t, y: sub.fn(t, y, args), t, y)
 
 
 class Pulled(NamedTuple):

@@ -23,6 +23,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.extend.core
+import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import func, stablehlo
@@ -75,11 +76,8 @@ def _bytes_of(kind: Any) -> int:
     size = 1
     for length in kind.shape:
         size *= length
-    element: Any = kind.element_type
-    parts = 1
-    if isinstance(element, ir.ComplexType):
-        element, parts = element.element_type, 2
-    return size * parts * max(8, getattr(element, "width", 64)) // 8
+    width = getattr(kind.element_type, "width", 64)
+    return size * max(8, width) // 8
 
 
 def _is_vector_product(operation: Any) -> bool:
@@ -93,9 +91,22 @@ _IN_PLACE = frozenset(
 )
 
 
+def _is_complex(variable: Any) -> bool:
+    dtype = getattr(variable.aval, "dtype", None)  # (Not all kinds have one.)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating)
+
+
+def _has_complex_result(operation: Any) -> bool:
+    # The products inside a complex one cannot be rounded by themselves.
+    kinds = [getattr(x.type, "element_type", None) for x in operation.results]
+    return any(isinstance(kind, ir.ComplexType) for kind in kinds)
+
+
 def keeps_out_of_kernels(equation: Any) -> bool:
     """Whether the loop with this equation of a jaxpr in it cannot be one kernel."""
     name, kinds = equation.primitive.name, [x.aval for x in equation.invars]
+    if any(map(_is_complex, equation.outvars)):
+        return True
     if name == "dot_general":
         return all(x.ndim > 1 for x in kinds)
     if name == "mul":
@@ -106,7 +117,7 @@ def keeps_out_of_kernels(equation: Any) -> bool:
 def _suits(operation: Any) -> bool:
     """Whether an operation may be part of a kernel, and is better there."""
     name = operation.name
-    if name not in _ALLOWED:
+    if name not in _ALLOWED or _has_complex_result(operation):
         return False
     if name == "stablehlo.dot_general":
         operands = [_bytes_of(x.type) for x in operation.operands]

@@ -1,7 +1,7 @@
 """One solve, or one lane of a batch of them, as the walk back over it sees it."""
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -38,6 +38,21 @@ class Outputs(NamedTuple):
     """Of the last step, and its interval."""
     event_tprev: Array | None
     event_tnext: Array | None
+
+
+def outputs_of(final_state: Any, pair: Any) -> Outputs:
+    """What of a final state, or of the cotangent of one, concerns differentiation."""
+    save_states = Setup.save_states(final_state)
+    return Outputs(
+        pair,
+        [s.ys for s in save_states],
+        [s.ts for s in save_states],
+        final_state.dense_infos,
+        final_state.dense_ts,
+        final_state.event_dense_info,
+        final_state.event_tprev,
+        final_state.event_tnext,
+    )
 
 
 class CotangentOfDense(eqx.Module):

@@ -242,7 +242,7 @@ def error_estimate(
     gap = jtu.tree_map(lambda x: jnp.abs(x[0] + x[1]), increments)  # (E)
     if error is None:
         return gap
-    error = jtu.tree_map(lambda e, g: jnp.abs(jnp.asarray(e, g.dtype)), error, gap)
+    error = jtu.tree_map(lambda e, g: jnp.abs(e).astype(g.dtype), error, gap)
     if not watches_gap:
         return error
 

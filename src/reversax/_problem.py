@@ -28,23 +28,29 @@ def innermost(solver: dfx.AbstractSolver) -> dfx.AbstractSolver:
     return layers_of(solver)[-1]
 
 
+def is_of_diffrax(solver: dfx.AbstractSolver) -> bool:
+    """Whether a solver, and all that it wraps, is one of Diffrax's own."""
+    packages = {type(layer).__module__.split(".")[0] for layer in layers_of(solver)}
+    return packages == {"diffrax"}
+
+
 def _check_state(call: str, y0: State) -> None:
     for leaf in jtu.tree_leaves(y0):
         dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
+        if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
-                f"{call} needs a state of real floating-point arrays, got a leaf of "
-                f"dtype {dtype}. Convert integers to float; split a complex state into "
-                "its real and imaginary parts."
+                "Convert the state to floating-point arrays, real or complex: a leaf "
+                f"has dtype {dtype}. ({call})"
             )
         # Only axes of explicit type are in the type of an array.
         axes = [name for name in jax.typeof(leaf).sharding.spec if name is not None]
         if axes:
             raise ValueError(
-                f"{call} got a state laid out over the mesh axes {axes} of explicit "
-                "type, which Diffrax's loop cannot carry. Make the mesh by "
-                "`jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,))`, or "
-                "solve inside `jax.shard_map(..., check_vma=False)`."
+                "Make the mesh by `jax.make_mesh(..., "
+                "axis_types=(jax.sharding.AxisType.Auto,))`, or solve inside "
+                "`jax.shard_map(..., check_vma=False)`: the state is laid out over the "
+                f"mesh axes {axes} of explicit type, which Diffrax's loop cannot "
+                f"carry. ({call})"
             )
 
 
@@ -55,31 +61,29 @@ def _check_noise(
     paths = brownian_paths(problem[0])
     if any(isinstance(path, dfx.UnsafeBrownianPath) for path in paths):
         raise ValueError(
-            f"{call} got an `UnsafeBrownianPath`, which cannot be evaluated over the "
-            "same interval twice, as each reversible step and its inverse do. Use "
-            "`diffrax.VirtualBrownianTree` instead."
+            "Use `diffrax.VirtualBrownianTree` in the place of `UnsafeBrownianPath`, "
+            "which cannot be evaluated over the same interval twice, as each "
+            f"reversible step and its inverse do. ({call})"
         )
     if not paths or not isinstance(base, dfx.AbstractItoSolver):
         return
     name = type(innermost(base)).__name__
-    got = f"{call} got a stochastic differential equation and the base `{name}`"
     if type(innermost(base)) is not dfx.Euler:
         raise ValueError(
-            f"{got}, an Ito solver. A reversible pair solves the Stratonovich "
-            "equation, since half of each of its steps runs backwards along the path. "
             "Write the equation in Stratonovich form, with the drift `f - g g'/2` in "
             "the place of `f`, and use `diffrax.StratonovichMilstein()`, "
             "`diffrax.Heun()`, or `diffrax.Euler()` with "
-            "`coupling=reversax.Symmetric()`."
+            f"`coupling=reversax.Symmetric()`: `{name}` is an Ito solver. A reversible "
+            "pair solves the Stratonovich equation, since half of each of its steps "
+            f"runs backwards along the path. ({call})"
         )
     if not isinstance(coupling, Symmetric) and not noise_is_additive(*problem):
         raise ValueError(
-            f"{got} with `coupling=reversax.{type(coupling).__name__}(...)`, "
-            "and the noise depends on the state. Half of each step runs backwards "
-            "along the path, where Euler converges to something else than forwards, "
-            "and this coupling does not take the mean of the two. Use "
-            "`coupling=reversax.Symmetric()`, with which it converges to the "
-            "Stratonovich solution, or a Stratonovich base such as `diffrax.Heun()`."
+            "Use `coupling=reversax.Symmetric()`, with which `Euler` converges to the "
+            "Stratonovich solution, or a Stratonovich base such as `diffrax.Heun()`: "
+            "the noise depends on the state. Half of each step runs backwards along "
+            "the path, where Euler converges to something else than forwards, and "
+            f"`{type(coupling).__name__}` does not take the mean of the two. ({call})"
         )
 
 

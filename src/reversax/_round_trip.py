@@ -18,8 +18,8 @@ from ._setup import set_up
 
 _CALL = "`reversax.round_trip_error(...)`"
 _NO_DERIVATIVE = (
-    f"{_CALL} was differentiated, but it measures round-off, which has no derivative. "
-    "Apply `jax.lax.stop_gradient` to its arguments."
+    f"Apply `jax.lax.stop_gradient` to the arguments of {_CALL}: it measures "
+    "round-off, which has no derivative."
 )
 
 

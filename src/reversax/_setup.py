@@ -25,6 +25,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from ._arithmetic import State
+from ._base import check_memory
 from ._clock import Clock, Moment, close_controller, just_below
 from ._compat import number_of_steps
 from ._control import Time, direction_of
@@ -34,7 +35,7 @@ from ._halvings import MOST, SELDOM, AbstractSchedule, Index, over_steps, over_t
 from ._increment import make_increment
 from ._observe import close_fn, is_subsaveat
 from ._pair import Scheme
-from ._problem import check_problem
+from ._problem import Problem, check_problem
 from ._solver import Reversible, TwinState, first_state
 from ._tape import Plan, Restarts
 from ._times import prescribes_times
@@ -72,6 +73,8 @@ class Setup(eqx.Module):
     progress_meter: dfx.AbstractProgressMeter
     backward_meter: dfx.AbstractProgressMeter
     round_trip_tolerance: float | None = eqx.field(static=True)
+    unbounded: str | None = eqx.field(static=True)
+    """Why the solve cannot be walked back over, if so."""
     throw: bool = eqx.field(static=True)
 
     @property
@@ -95,9 +98,7 @@ def _is_none(x: Any) -> bool:
     return x is None
 
 
-def _check_call(
-    call, solver, stepsize_controller, event, saveat, max_steps, restart_every
-) -> None:
+def _check_call(call, solver, restart_every) -> None:
     # By exact type: `isinstance` looks through wrappers such as `HalfSolver`, and the
     # adjoint takes the step of `Reversible`, whatever a subclass may do.
     if type(solver) is not Reversible:
@@ -107,41 +108,47 @@ def _check_call(
         else:
             wrap = f"Wrap an explicit solver: `reversax.Reversible({name}(...))`"
         raise TypeError(
-            f"{call} needs `solver=reversax.Reversible(...)`, got `{name}`. {wrap}; or "
-            "use `adjoint=diffrax.RecursiveCheckpointAdjoint()`."
-        )
-    if max_steps is None and _records_times(stepsize_controller, event):
-        name = type(stepsize_controller).__name__
-        what = f"`stepsize_controller={name}(...)`" if event is None else "`event=...`"
-        raise ValueError(
-            f"{call} got `max_steps=None` with {what}. The times of the steps that an "
-            "adaptive controller accepts, or that precede an event, are recorded, two "
-            "numbers a step, so their number must be bounded: pass `max_steps=...`, or "
-            "without an event use `diffrax.ConstantStepSize()` or "
-            "`diffrax.StepTo(...)`, which need no record."
-        )
-    if max_steps is None and solver.scheme.sheds:
-        number = cast(Symmetric, solver.coupling).halvings_per_step
-        shed = f"at least 1/{SELDOM}" if isinstance(number, str) else f"{number:g}"
-        raise ValueError(
-            f"{call} got `max_steps=None` with `arithmetic=reversax.FixedPoint(...)`. "
-            f"The bits that its steps shed are recorded, {shed} bits a step for each "
-            "element of the state, so the number of steps must be bounded: pass "
-            "`max_steps=...`, or use `arithmetic=reversax.FloatingPoint()`, which "
-            "needs no record."
+            f"{wrap}; or use `adjoint=diffrax.RecursiveCheckpointAdjoint()`: {call} "
+            f"needs `solver=reversax.Reversible(...)`, got `{name}`."
         )
     is_number = type(restart_every) is int and restart_every >= 1
     if not (is_number or restart_every in (None, "auto")):
         raise ValueError(
-            f"{call} got `restart_every={restart_every!r}`: it must be a Python "
-            'integer of at least 1, `None`, or "auto".'
+            'Pass a Python integer of at least 1, `None`, or "auto" as '
+            f"`reversax.ReversibleAdjoint(restart_every=...)`, not {restart_every!r}."
         )
-    if is_number and max_steps is None:
-        raise ValueError(
-            f"{call} got `max_steps=None` with `restart_every={restart_every}`. The "
-            "pairs kept to restart from are as many as the steps, so the number of "
-            "steps must be bounded: pass `max_steps=...`, or `restart_every=None`."
+
+
+def _check_solver(solver: Reversible, problem: Problem) -> None:
+    check_problem(solver.solver, solver.coupling, problem)
+    check_memory(solver.solver, solver.memoryless, problem)
+
+
+def _unbounded(solver, controller, event, max_steps, restart_every) -> str | None:
+    """Why the solve cannot be walked back over, if the number of its steps has no
+    bound: something is recorded at each."""
+    if max_steps is not None:
+        return None
+    if event is not None:
+        what = "before an event the times of all steps are recorded"
+    elif not prescribes_times(controller):
+        name = type(controller).__name__
+        what = (
+            f"the times that `{name}` chooses are recorded (`diffrax.ConstantStepSize` "
+            "and `diffrax.StepTo` need no record)"
         )
+    elif solver.scheme.sheds:
+        number = cast(Symmetric, solver.coupling).halvings_per_step
+        shed = f"at least 1/{SELDOM}" if isinstance(number, str) else f"{number:g}"
+        what = (
+            f"`reversax.FixedPoint` records {shed} bits a step for each element of the "
+            "state (`arithmetic=reversax.FloatingPoint()` needs no record)"
+        )
+    elif isinstance(restart_every, int):
+        what = f"a pair is kept at every {restart_every} steps (`restart_every`)"
+    else:
+        return None
+    return f"Pass `max_steps=...`, a bound on the number of steps: {what}. ({CALL})"
 
 
 def _restarts(
@@ -181,8 +188,8 @@ def _finite(t1: Array, event: dfx.Event | None) -> Array:
     return eqx.error_if(
         t1,
         ~jnp.isfinite(t1),
-        f"{CALL} got an infinite `t1`. Only an event could end such a solve: pass "
-        "`event=...`, or a finite `t1`.",
+        "Pass `event=...`, or a finite `t1`: only an event could end a solve to "
+        f"infinity. ({CALL})",
     )
 
 
@@ -229,11 +236,10 @@ def set_up(
     backward_meter,
 ):
     """Splits a solve into what is differentiated and a `Setup`."""
-    controller = stepsize_controller
-    _check_call(call, solver, controller, event, saveat, max_steps, restart_every)
+    controller, first = stepsize_controller, init_state.controller_state
+    _check_call(call, solver, restart_every)
     y0, scheme = init_state.y, solver.scheme
-    first = init_state.controller_state
-    check_problem(solver.solver, solver.coupling, (terms, t0, y0, args))
+    _check_solver(solver, (terms, t0, y0, args))
     state = _first_state(scheme, t0, y0, init_state.solver_state, passed_solver_state)
     increment = make_increment(solver.solver, terms, args).close(t0, y0)
     fns = [close_fn(sub, args, t0, y0) for sub in _subs(saveat)]
@@ -265,6 +271,7 @@ def set_up(
         progress_meter=progress_meter,
         backward_meter=backward_meter,
         round_trip_tolerance=round_trip_tolerance,
+        unbounded=_unbounded(solver, controller, event, max_steps, restart_every),
         throw=throw,
     )
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from ._arithmetic import AbstractArithmetic, FloatingPoint, State
+from ._base import check_memory, checked_sometimes
 from ._compat import DIVERGED, NONFINITE
 from ._control import Time, brownian_paths, halves_of
 from ._coupling import AbstractCoupling, Pair, Symmetric
@@ -37,8 +38,8 @@ def _check_base(solver: Any) -> None:
     """Refuses what no reversible scheme can be built on."""
     if not isinstance(solver, dfx.AbstractSolver):
         raise TypeError(
-            "`reversax.Reversible(solver)` needs a Diffrax solver, such as "
-            f"`diffrax.Tsit5()` (with the brackets), got {solver!r}."
+            "Pass a Diffrax solver, such as `diffrax.Tsit5()` (with the brackets), to "
+            f"`reversax.Reversible(...)`, not {solver!r}."
         )
     call = f"`reversax.Reversible({type(solver).__name__}(...))`"
     layers = layers_of(solver)
@@ -47,16 +48,16 @@ def _check_base(solver: Any) -> None:
     name = "Reversible" if reversible else type(layers[-1]).__name__
     if isinstance(solver, dfx.AbstractImplicitSolver):
         raise ValueError(
-            f"{call} needs an explicit solver, but `{name}` is implicit: its step "
-            "solves an equation only up to a tolerance, so it cannot be undone. Use an "
-            "explicit one such as `diffrax.Tsit5()`, or keep the implicit solver with "
-            "`adjoint=diffrax.RecursiveCheckpointAdjoint()`."
+            "Use an explicit solver such as `diffrax.Tsit5()`, or keep the implicit "
+            f"`{name}` with `adjoint=diffrax.RecursiveCheckpointAdjoint()`: its step "
+            "solves an equation only up to a tolerance, so it cannot be undone. "
+            f"({call})"
         )
     if reversible or isinstance(layers[-1], _TWO_STATE_SOLVERS):
         raise ValueError(
-            f"{call} needs a one-step solver, but `{name}` advances two states "
-            "(or two steps) already, so it has no increment of a single state. Use a "
-            "Runge-Kutta solver such as `diffrax.Midpoint()` or `diffrax.Tsit5()`."
+            "Use a Runge-Kutta solver such as `diffrax.Midpoint()` or "
+            f"`diffrax.Tsit5()`: `{name}` advances two states (or two steps) already, "
+            f"so it has no increment of a single state. ({call})"
         )
 
 
@@ -128,8 +129,9 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
     Do not use it for stiff problems: implicit bases cannot be reversed, and see the
     coupling for damped ones.
 
-    Nor for multi-step methods: every step of the base is begun afresh, so a solver that
-    remembers earlier steps is taken at its first one.
+    Nor for multi-step methods: every step of the base is begun afresh, so one that
+    remembers earlier steps is refused. And a step of no length must return its state:
+    one that resets, clips or projects the state is refused when a solve meets that.
 
     The order is that of the base, and one more for a base of odd order under
     [`reversax.Symmetric`][]. The interpolation is that of the base. So is the error
@@ -147,14 +149,18 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
     solver: dfx.AbstractSolver
     coupling: AbstractCoupling
     arithmetic: AbstractArithmetic
+    memoryless: bool = eqx.field(static=True)
 
     def __init__(
         self,
         solver: dfx.AbstractSolver,
         coupling: AbstractCoupling = _DEFAULT_COUPLING,
         arithmetic: AbstractArithmetic | None = None,
+        *,
+        memoryless: bool = False,
     ):
         self.solver = solver
+        self.memoryless = memoryless
         self.coupling = coupling
         if arithmetic is None:
             halves = getattr(coupling, "halves", False)
@@ -170,19 +176,18 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
             value = getattr(self, name)
             if not isinstance(value, cls):
                 raise TypeError(
-                    f"`reversax.Reversible(..., {name}=...)` got {value!r}, which is "
-                    f"no {name}. Pass one from reversax, such as "
-                    f"`reversax.{example}()`."
+                    f"Pass one from reversax, such as `reversax.{example}()`, as "
+                    f"`reversax.Reversible(..., {name}=...)`: {value!r} is no {name}."
                 )
         if self.arithmetic.exact and not self.coupling.halves:
             raise ValueError(
-                "`reversax.Reversible(..., coupling=reversax.McCallumFoster(...), "
-                "arithmetic=reversax.FixedPoint(...))`: each of its steps multiplies "
-                "one twin by the coupling parameter, which loses a fraction of a bit "
-                "that would have to be kept for every element and step, and leaves a "
-                "remainder. Use `coupling=reversax.Symmetric()`, whose halvings lose "
-                "whole bits and which is stable on damped problems too; or "
-                "`arithmetic=reversax.FloatingPoint()` for the published method."
+                "Use `coupling=reversax.Symmetric()` with "
+                "`arithmetic=reversax.FixedPoint(...)`, or "
+                "`arithmetic=reversax.FloatingPoint()` with "
+                "`coupling=reversax.McCallumFoster(...)`, the published method: each "
+                "of its steps multiplies one twin by the coupling parameter, which "
+                "loses a fraction of a bit that would have to be kept, and leaves a "
+                "remainder. (`reversax.Reversible(...)`)"
             )
 
     @property
@@ -234,6 +239,7 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
     def init(self, terms, t0, t1, y0, args) -> TwinState:
         del t1
         check_problem(self.solver, self.coupling, (terms, t0, y0, args))
+        check_memory(self.solver, self.memoryless, (terms, t0, y0, args))
         return first_state(self.scheme, t0, y0)
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
@@ -249,6 +255,9 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
         )
         seen = Seen(scheme, pair0, pair, halvings, t1)
         watch = look(solver_state.watch, seen)
+        at = t1, scheme.decode(pair).z
+        known = increment, num_steps, watch.is_sound
+        pair = checked_sometimes(pair, *known, at)
         # (Diffrax drops the result of a step that is rejected.)
         result = dfx.RESULTS.where(watch.is_sound, result, result_of(watch))
         state = TwinState(pair, num_steps + 1, watch)
@@ -264,13 +273,19 @@ Reversible.__init__.__doc__ = """**Arguments:**
 - `arithmetic`: the numbers of the twins, by default [`reversax.FixedPoint`][], and
     [`reversax.FloatingPoint`][] for [`reversax.McCallumFoster`][], which allows no
     other.
+- `memoryless`: says of a base whose `solver_state` holds arrays, which its steps read,
+    that they are, up to round-off, what its `init` gives at the start of each step, as
+    the last stage of the step before is. Solvers of Diffrax, and those whose steps read
+    no such array, need no word.
 
 **Raises:** `ValueError` for an implicit base and for one that already advances two
 states (`ReversibleHeun`, `LeapfrogMidpoint`, `SemiImplicitEuler`, `Reversible`).
 `TypeError` for anything that is no solver, coupling or arithmetic. `ValueError` for
 `FixedPoint` with `McCallumFoster`. When a solve begins:
-`TypeError` for a state that is not of real floating-point arrays, `ValueError` for
-`UnsafeBrownianPath` and for an Ito base on a stochastic equation.
+`TypeError` for a state that is not of floating-point arrays, `ValueError` for
+`UnsafeBrownianPath`, for an Ito base on a stochastic equation, and for a base whose
+steps read what earlier ones left. During a solve: `equinox.EquinoxRuntimeError` for a
+base of which a step of no length does not return its state.
 """
 
 

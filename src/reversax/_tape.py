@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -95,8 +96,9 @@ class Plan(eqx.Module):
         if self.scheme.sheds:
             assert self.max_steps is not None
             num = max(1, -(-most // _BITS))
-            states = self.scheme.decode(pair0).y
-            bits = jtu.tree_map(lambda x: rows(num, x, jnp.uint32), states)
+            of_step = self.scheme.arithmetic.shed_bits
+            bits = jax.eval_shape(of_step, pair0.y, pair0.z, most)
+            bits = jtu.tree_map(lambda x: rows(num, x, x.dtype), bits)
         if self.restarts is not None:
             assert self.max_steps is not None
             num = self.restarts.number(self.max_steps, most)
@@ -195,12 +197,17 @@ class Recorder(dfx.AbstractStepSizeController):
     def init(self, *args, **kwargs):
         raise NotImplementedError  # The adjoint's loop begins with a state of its own.
 
-    def begin(self, inner_state: PyTree, t0: Time, pair0: Pair) -> RecorderState:
+    def begin(
+        self, inner_state: PyTree, t0: Time, pair0: Pair, *, records: bool
+    ) -> RecorderState:
+        """The first state, which `records` steps for a walk back over them, or not."""
         tangents, num_varied = None, 0
         if self.sensitivity is not None:
             tangents = self.sensitivity.begin()
             num_varied = len(tangents.t0)
-        record = self.plan.blank(t0, pair0, num_varied)
+        record = Record(None, None, None)
+        if records:
+            record = self.plan.blank(t0, pair0, num_varied)
         zero = jnp.zeros((), jnp.int32)
         shed = jnp.zeros((), jnp.uint32)
         tried = zero if self.prescribed is None else None

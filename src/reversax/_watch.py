@@ -30,6 +30,7 @@ import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._arithmetic import State
@@ -122,7 +123,8 @@ class Seen(NamedTuple):
 
 def begin(y0: State, t0: Time) -> Watch:
     sizes = jtu.tree_leaves(largest(y0))
-    dtype = jnp.result_type(jnp.float32, t0, *sizes)
+    kinds = [np.dtype(jnp.float32), *(jnp.result_type(x) for x in (t0, *sizes))]
+    dtype = max(kinds, key=lambda kind: kind.itemsize)
     return Watch(_together([SOUND, t0, 0, 0, *sizes], dtype))
 
 
@@ -149,7 +151,8 @@ def look(watch: Watch, seen: Seen) -> Watch:
     narrow = [s.astype(x.dtype) for s, x in zip(sizes, now, strict=True)]
     against = _together(not_too_small(narrow), dtype)
     ratio = jnp.max(gaps / jnp.where(against == 0, 1, against))  # (W)
-    needed = seen.halvings + jnp.log2(jnp.max(gaps) / jnp.max(before))  # (N)
+    halvings = jnp.asarray(seen.halvings).astype(dtype)
+    needed = halvings + jnp.log2(jnp.max(gaps) / jnp.max(before))  # (N)
     needed = jnp.where(jnp.isfinite(needed), needed, watch.needed)
     apart = jnp.isfinite(ratio) | (watch.ratio > _SUSPECT)
     state = jnp.where(apart, APART, LOST)
