@@ -1,6 +1,7 @@
 """`reversax compare`: its measurements against exact ones."""
 
 import json
+import re
 import textwrap
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from reversax.compare._load import load_problem
 from reversax.compare._measure import Options, compare
 from reversax.compare._plot import _COLOURS
 from reversax.compare._problem import prepared
+from reversax.compare._search import step_counts
 
 TERM = dfx.ODETerm(lambda t, y, rate: rate * y)
 RATE, Y0 = -1.3, np.array([1.0, -0.5])
@@ -72,12 +74,13 @@ def run(*arguments):
     return CliRunner().invoke(app, ["compare", *map(str, arguments)])
 
 
-TOLERANCE = 2e-3  # Heun reaches it with 32 steps, as the exact gradient says.
+TOLERANCE = 2e-3
 MODULE = """
     import diffrax as dfx
     import jax.numpy as jnp
     from test_compare import CHECKPOINTS, Candidate, linear
     import reversax as rvx
+    from reversax.compare._scan import RematerialisedScan
 
     HEUN = Candidate("Heun", dfx.Heun(), CHECKPOINTS)
     REVERSIBLE = Candidate(
@@ -87,10 +90,11 @@ MODULE = """
         dt0=1 / 64,
     )
     CAUTIONARY = Candidate("backsolve", dfx.Bosh3(), dfx.BacksolveAdjoint())
+    CONTROL = Candidate("scan", dfx.Heun(), RematerialisedScan())
 
     def problem(seed):
         assert seed == 5
-        return linear(dt0=1 / 16, candidates=[HEUN, REVERSIBLE, CAUTIONARY])
+        return linear(dt0=1 / 16, candidates=[HEUN, REVERSIBLE, CAUTIONARY, CONTROL])
 """
 
 
@@ -129,19 +133,20 @@ def test_the_gradient_error_is_that_of_the_discrete_solve_to_the_exact_gradient(
     assert heun["value_error"] == pytest.approx(values[0] / values[1] - 1, rel=1e-6)
 
 
-def test_steps_are_halved_until_the_gradient_is_accurate_enough(compared):
+def test_the_fewest_steps_are_found_whose_gradient_is_accurate_enough(compared):
     heun = compared[1]["candidates"][0]
     steps = round(1 / heun["dt0"])
-    assert steps == 32
-    assert gradient_error(by_heun(32), exact()) <= TOLERANCE
-    assert gradient_error(by_heun(16), exact()) > TOLERANCE
+    fewer = max(n for n in step_counts(4096) if n < steps)
+    assert gradient_error(by_heun(steps), exact()) <= TOLERANCE
+    assert gradient_error(by_heun(fewer), exact()) > TOLERANCE
+    assert steps / fewer < 2**0.3  # Four in an octave, as far as integers go.
     assert heun["num_steps"] == steps
     assert heun["max_steps"] == steps + 1
 
 
 def test_the_json_file_holds_what_was_measured_and_where(compared):
     content = compared[1]
-    assert content["format"] == 1
+    assert content["format"] == 2
     assert content["seed"] == 5
     assert content["versions"]["reversax"] == rvx.__version__
     assert content["device"]["platform"] == jax.devices()[0].platform
@@ -156,7 +161,7 @@ def test_the_json_file_holds_what_was_measured_and_where(compared):
         assert len(candidate["seconds"]) == 2
         assert candidate["median_seconds"] == np.median(candidate["seconds"])
     round_trips = [x["round_trip"] for x in content["candidates"]]
-    assert round_trips == [None, 0.0, None]  # To the bit, in fixed point.
+    assert round_trips == [None, 0.0, None, None]  # To the bit, in fixed point.
 
 
 def test_the_table_names_every_candidate_its_verdict_and_what_to_take(compared):
@@ -164,10 +169,37 @@ def test_the_table_names_every_candidate_its_verdict_and_what_to_take(compared):
     chosen = content["recommendation"]["chosen"]
     assert chosen in ("Heun", "reversible Euler")
     assert f"Take {chosen}, with" in done.stdout
-    for name, verdict in (("backsolve", "unchecked"), (chosen, "take it")):
+    control = content["candidates"][-1]
+    assert control["adjoint"] == "RematerialisedScan()"
+    heun = content["candidates"][0]
+    assert control["num_steps"] == heun["num_steps"]
+    # The same discrete gradient, by another program.
+    assert control["gradient_error"] == pytest.approx(heun["gradient_error"], rel=1e-9)
+    assert f"what one would write by hand, {control['candidate']}:" in words(
+        done.stdout
+    )
+    rows = ("backsolve", "unchecked"), (control["candidate"], "control")
+    for name, verdict in (*rows, (chosen, "take it")):
         (row,) = [x for x in done.stdout.splitlines() if x.startswith(f"│ {name} ")]
         assert row.rstrip(" │").endswith(verdict)
     assert "the 2 numbers in y0 and the 1 numbers in args" in words(done.stdout)
+
+
+def test_it_says_what_it_does_where_there_is_no_terminal_and_beside_the_output(
+    compared,
+):
+    done, content, _ = compared
+    lines = done.stderr.splitlines()
+    assert all(re.match(r"\[ *\d+ s\] \S.*\.$", line) for line in lines)
+    count = len(content["candidates"])
+    for i, candidate in enumerate(content["candidates"]):
+        told = f"({i + 1} of {count}) {candidate['candidate']}: compiles"
+        # To search, and to measure; but the control has the steps of Heun.
+        compiled = 1 if candidate["candidate"] == "scan" else 2
+        assert sum(told in line for line in lines) == compiled
+    assert "] The reference" in lines[0]
+    assert lines[-1].endswith("2 of 2.")
+    assert "compiles" not in done.stdout
 
 
 def test_the_plot_shows_every_candidate_in_its_colour(compared):
@@ -190,19 +222,22 @@ def test_a_problem_in_single_precision_has_a_reference_in_double():
 def test_what_fails_is_a_row_that_says_why():
     """One that cannot be undone, one that is refused, and one of too many steps."""
     published = rvx.Reversible(dfx.Euler(), rvx.McCallumFoster())
-    tight = dfx.PIDController(rtol=1e-13, atol=1e-13)
+    given = dfx.StepTo(ts=jnp.linspace(0.0, 1.0, 257))
+    short = dfx.PIDController(rtol=1e-3, atol=1e-3, dtmax=1 / 1024)
+    adjoint = rvx.ReversibleAdjoint()
     candidates = [
-        Candidate("published", published, rvx.ReversibleAdjoint()),
-        Candidate("refused", dfx.Heun(), rvx.ReversibleAdjoint()),
-        Candidate("too many", dfx.Heun(), CHECKPOINTS, stepsize_controller=tight),
+        Candidate("published", published, adjoint, stepsize_controller=given),
+        Candidate("refused", dfx.Heun(), adjoint, stepsize_controller=given),
+        Candidate("too many", dfx.Heun(), CHECKPOINTS, stepsize_controller=short),
     ]
     damped = linear(
-        dt0=1 / 256,
+        dt0=None,
         args=jnp.array(-40.0),
         saveat=dfx.SaveAt(ts=jnp.array([0.05, 0.1])),
+        max_steps=256,
         candidates=candidates,
     )
-    _, (published, refused, too_many) = compare(damped, Options(refinements=0), print)
+    _, (published, refused, too_many) = compare(damped, Options(), print)
     assert "drove the twins apart" in published.failure
     assert refused.failure.startswith("TypeError")
     assert "Wrap an explicit solver" in refused.failure
@@ -254,7 +289,7 @@ def test_an_implicit_base_is_compared_beside_reversible_tsit5():
     names = [x.name for x in default_candidates(dfx.Kvaerno5())]
     assert "Kvaerno5, checkpointed" in names
     assert "Reversible(Tsit5)" in names
-    assert len(set(names)) == len(names) == 8
+    assert len(set(names)) == len(names) == 9
 
 
 @pytest.mark.parametrize(

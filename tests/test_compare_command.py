@@ -1,5 +1,7 @@
 """`reversax compare` as a command: mistakes, errors of users, options, its extra."""
 
+import importlib.resources
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from test_compare import run, words, write
 from typer.testing import CliRunner
 
 import reversax as rvx
-from reversax.compare._command import app
+from reversax.compare._command import _explained, app
 from reversax.compare._options import as_number_of_bytes
 
 MISTAKES = {
@@ -122,6 +124,39 @@ def test_an_error_of_the_users_is_shown_as_such_from_their_file_on(name, tmp_pat
     assert not any("site-packages" in x or "src/reversax" in x for x in files)
 
 
+def test_all_of_a_traceback_is_shown_on_demand(tmp_path):
+    hides = """
+        def problem():
+            try:
+                return {}["missing"]
+            except KeyError as error:
+                raise ValueError("none") from error
+    """
+    path = write(tmp_path, hides)
+    assert "--traceback" in run(path).stderr
+    done = outside("-m", "reversax", "compare", str(path), "--traceback")
+    assert done.returncode == 1
+    assert "KeyError: 'missing'" in done.stderr
+    assert "in load_problem" in done.stderr
+
+
+def test_an_error_that_is_neither_theirs_nor_a_refusal_is_raised_as_it_is():
+    def raised(raise_it):
+        try:
+            raise_it()
+        except Exception as error:
+            # Without this frame, which is one of theirs.
+            return error.with_traceback(error.__traceback__.tb_next.tb_next)
+        raise AssertionError
+
+    refused = raised(lambda: json.loads("{"))
+    assert isinstance(refused, ValueError)
+    assert _explained(refused)[1].startswith("The problem was refused. JSONDecodeError")
+    mistake = raised(lambda: importlib.resources.files("json.no_such"))
+    with pytest.raises(ModuleNotFoundError):
+        _explained(mistake)
+
+
 BAD_OPTIONS = {
     "tolerance": ("--tolerance", "0", "0.0 is not above zero"),
     "memory": ("--memory-limit", "3 parsecs", "is no size, such as 512MiB"),
@@ -172,7 +207,7 @@ def test_without_the_extra_the_command_says_how_to_get_it():
     code = "import sys; sys.modules['typer'] = None; import reversax.__main__"
     done = outside("-c", code)
     assert done.returncode == 1
-    assert "pip install 'reversax[compare]'" in done.stderr
+    assert "pip install '.[compare]'" in done.stderr
     assert "Traceback" not in done.stderr
 
 

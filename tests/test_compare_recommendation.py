@@ -6,13 +6,17 @@ from reversax.compare._measure import Measurement
 from reversax.compare._recommend import Wish, recommend, verdict
 
 
-def made_up(name, seconds, size, error=1e-5, cautionary=False, failure=None):
+def made_up(
+    name, seconds, size, error=1e-5, cautionary=False, failure=None, control=False
+):
     return Measurement(
         candidate=name,
         cautionary=cautionary,
+        control=control,
         solver="Tsit5()",
         adjoint="ReversibleAdjoint(restart_every='auto')",
         dt0=0.1,
+        num_steps=40,
         failure=failure,
         gradient_error=error,
         temporary_bytes=size,
@@ -98,8 +102,8 @@ def said(measurements, **wish):
 def test_the_words_say_what_it_takes_and_what_the_alternative_is():
     text = said(ALL)
     assert text.startswith(
-        "Take fast, with ReversibleAdjoint, dt0=0.1. Its gradient is within 1.0e-05 "
-        "of the reference (wanted: 0.001), in 1 s and 9 kB."
+        "Take fast, with ReversibleAdjoint, dt0=(t1 - t0)/40. Its gradient is within "
+        "1.0e-05 of the reference (wanted: 0.001), in 1 s and 9 kB."
     )
     assert "It is the fastest of the 4 that are as accurate." in text
     assert text.endswith(
@@ -119,6 +123,20 @@ def test_the_words_say_when_there_is_no_alternative():
     assert said([FAST, INACCURATE]).endswith("No other candidate is as accurate.")
     almost = made_up("almost", 1.05, 8000)
     assert "It is smaller than fast, the fastest of the 2" in said([FAST, almost])
+
+
+def test_the_control_is_never_taken_and_always_compared_with_what_is():
+    control = made_up("by hand", 0.5, 1800, control=True)
+    recommendation = recommend([control, *ALL], Wish())
+    assert recommendation.chosen == "fast"
+    assert verdict(control, recommendation, Wish()) == "control"
+    assert recommendation.text.endswith(
+        "For comparison, what one would write by hand, by hand: 500 ms and 1.8 kB in "
+        "40 steps, 0.5 times as long and 0.2 times the memory."
+    )
+    inaccurate = made_up("by hand", 0.5, 1800, error=0.1, control=True)
+    text = said([inaccurate, FAST])
+    assert text.endswith("1.8 kB in 40 steps, and not as accurate (1.0e-01).")
 
 
 def test_the_words_say_why_nothing_is_recommended():

@@ -7,6 +7,7 @@ import ast
 import inspect
 import re
 import textwrap
+import tomllib
 from pathlib import Path
 
 import jax
@@ -85,6 +86,23 @@ def test_programs_of_a_page_compile(page):
 def test_readme_and_the_pages_for_every_user_have_programs():
     names = {by_path(page) for page in WITH_PROGRAMS}
     assert LONG | {"README.md"} <= names
+
+
+def test_every_install_command_is_one_for_a_checkout_and_of_extras_that_there_are():
+    """There is no package of this name to download."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    code = [*(ROOT / "src").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    texts = [page.read_text() for page in [*PAGES, *code]]
+    commands = [
+        x for text in texts for x in re.findall(r"pip install (\S.*?[']|\S+)", text)
+    ]
+    own = [x for x in commands if "[" in x]
+    assert len(own) >= 7
+    for command in own:
+        named = re.fullmatch(r"'\.\[([a-z,]+)\]'", command)
+        assert named, command
+        assert {*named[1].split(",")} <= {*extras["optional-dependencies"]}
+    assert not [x for x in commands if x.startswith(("reversax", "'reversax"))]
 
 
 def test_every_public_name_has_an_entry_and_every_entry_is_public():

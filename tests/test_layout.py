@@ -17,8 +17,9 @@ ORDER = [
     "_increment", "_psi", "_pair", "_watch", "_base", "_solver", "_clock", "_times",
     "_tape", "_observe", "_event", "_setup", "_faults", "_forward", "_certificate",
     "_one_lane", "_backward", "_adjoint", "_round_trip", "__init__",
-    "compare._candidates", "compare._problem", "compare._gradient", "compare._measure",
-    "compare._recommend", "compare._load", "compare._plot", "compare._report",
+    "compare._scan", "compare._search", "compare._candidates", "compare._problem",
+    "compare._gradient", "compare._setting", "compare._measure", "compare._recommend",
+    "compare._load", "compare._plot", "compare._report",
     "compare._options", "compare._command", "compare.__init__", "__main__",
 ]  # fmt: skip
 MODULES = sorted(SOURCE.rglob("*.py"))

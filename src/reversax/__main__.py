@@ -7,7 +7,7 @@ except ModuleNotFoundError as error:
         raise
     raise SystemExit(
         f"The command `reversax` needs the package {error.name}. All it needs comes "
-        "with the extra `compare`: pip install 'reversax[compare]'"
+        "with the extra `compare`. In a checkout of reversax: pip install '.[compare]'"
     ) from None
 
 

@@ -5,8 +5,10 @@ import dataclasses
 import diffrax as dfx
 
 from .._adjoint import ReversibleAdjoint
-from .._coupling import McCallumFoster
+from .._coupling import McCallumFoster, Symmetric
+from .._halvings import MOST
 from .._solver import Reversible
+from ._scan import RematerialisedScan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,9 +18,10 @@ class Candidate:
     name: str
     """What it is called in the table, the plot and the JSON file."""
     solver: dfx.AbstractSolver
-    adjoint: dfx.AbstractAdjoint
+    adjoint: dfx.AbstractAdjoint | RematerialisedScan
     dt0: float | None = None
-    """Its own first or constant step; by default the problem's."""
+    """Its own first step; by default the problem's. The length of constant steps is
+    searched for, from this on."""
     stepsize_controller: dfx.AbstractStepSizeController | None = None
     """Its own; by default the problem's."""
 
@@ -27,6 +30,40 @@ class Candidate:
         """Whether nothing bounds the error of its gradient, so that it is measured but
         never recommended."""
         return isinstance(self.adjoint, dfx.BacksolveAdjoint)
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it is what one would write by hand, and only measured to compare."""
+        return isinstance(self.adjoint, RematerialisedScan)
+
+    @property
+    def searched_as(self) -> "Candidate":
+        """The same discrete solve, of which one program serves for many numbers of
+        steps: a scan is of so many as it is compiled for."""
+        if not self.is_control:
+            return self
+        return dataclasses.replace(self, adjoint=dfx.RecursiveCheckpointAdjoint())
+
+    def with_all_halvings(self) -> "Candidate | None":
+        """With as many bits shed at each step as are of use, if it is one that spreads
+        a fixed number of them over the solve."""
+        solver = self.solver
+        if not isinstance(solver, Reversible):
+            return None
+        coupling = solver.coupling
+        if not isinstance(coupling, Symmetric) or coupling.halvings_per_step != "auto":
+            return None
+        more = Reversible(solver.solver, Symmetric(MOST), solver.arithmetic)
+        name = f"{self.name.removesuffix(')')}, halvings_per_step={MOST})"
+        return dataclasses.replace(self, name=name, solver=more)
+
+
+_CONTROL = Candidate(
+    "Tsit5, plain scan (control)",
+    dfx.Tsit5(),
+    RematerialisedScan(),
+    stepsize_controller=dfx.ConstantStepSize(),
+)
 
 
 def _by_name(*solvers: dfx.AbstractSolver) -> dict[str, dfx.AbstractSolver]:
@@ -52,12 +89,18 @@ def default_candidates(
     - [`reversax.Reversible`][] over the base, Bosh3 and Euler with
         [`reversax.ReversibleAdjoint`][].
     - The published scheme, [`reversax.McCallumFoster`][] over the base.
+    - The control: Tsit5 in constant steps as one would write it by hand, in a
+        `jax.lax.scan` of a `jax.checkpoint`ed step. It is measured, and not recommended
+        as it can do little of what `diffrax.diffeqsolve` can.
 
     In the place of a base that cannot be made reversible, such as an implicit one,
     Tsit5 is.
 
     **Arguments:** `solver`, the base; `quick`, for only the base and Euler, and neither
     `BacksolveAdjoint` nor the published scheme.
+
+    Where damping is found to drive the twins of a reversible one apart, the command
+    adds the same with `Symmetric(halvings_per_step=4)`.
     """
     plain = _by_name(solver) if quick else _by_name(solver, dfx.Bosh3(), dfx.Heun())
     explicit = _explicit(solver)
@@ -77,4 +120,4 @@ def default_candidates(
         candidates.append(Candidate(name, published, reverse))
         name = f"{type(solver).__name__}, backsolve"
         candidates.append(Candidate(name, solver, dfx.BacksolveAdjoint()))
-    return candidates
+    return [*candidates, _CONTROL]

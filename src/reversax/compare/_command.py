@@ -2,24 +2,25 @@
 
 import contextlib
 import sys
+import time
 from collections.abc import Iterator
 from typing import Annotated
 
 import jax
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from .. import __version__
 from . import _options
 from ._gradient import Reference
 from ._load import TheirError, load_problem, raised_here, their_traceback
-from ._measure import Measurement, Options, compare as measure, number_of_stages
+from ._measure import Measurement, Options, compare as measure
 from ._plot import write_plot
-from ._problem import Problem, Refusal
+from ._problem import REFUSALS, Problem, Refusal
 from ._recommend import Wish, recommend
 from ._report import circumstances, show, write_json
+from ._setting import Report
 
 _EXIT_CODES = """
 Exit codes: 0, a candidate is recommended. 1, the problem raised an error, or there is
@@ -67,27 +68,27 @@ def compare(
     tolerance: _options.Tolerance = 1e-3,
     memory_limit: _options.MemoryLimit = None,
     prefer: _options.Prefer = "time",
-    refinements: _options.Refinements = None,
     repeats: _options.Repeats = None,
     seed: _options.Seed = 0,
     quick: _options.Quick = False,
     json: _options.Json = None,
     plot: _options.Plot = None,
+    traceback: _options.Traceback = False,
 ) -> None:
     """Measure which solver and which adjoint to take for a problem of yours.
 
-    Computes the gradient of your loss by each of several pairs of solver and adjoint,
-    and prints the error of each against a tight reference, its time and its memory,
-    and which one to take.
+    For each of several pairs of solver and adjoint, finds the fewest steps, or the
+    loosest tolerance, with which the gradient of your loss is accurate enough; and
+    prints its error against a tight reference, its time and its memory, and which one
+    to take.
     """
     options = Options(
         tolerance=tolerance,
-        refinements=(0 if quick else 2) if refinements is None else refinements,
         repeats=(3 if quick else 7) if repeats is None else repeats,
         quick=quick,
     )
     wish = Wish(tolerance, memory_limit, prefer)
-    with _errors_shown():
+    with _errors_shown(traceback):
         problem = load_problem(target, seed)
         reference, measurements = _measure(problem, options)
     recommendation = recommend(measurements, wish)
@@ -105,41 +106,45 @@ def compare(
 
 
 @contextlib.contextmanager
-def _errors_shown() -> Iterator[None]:
+def _errors_shown(whole_traceback: bool) -> Iterator[None]:
     """Ends the program at an error of the user's, which it shows as such."""
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 128)
-    exit_code, said = 1, None
     try:
         yield
-    except Refusal as error:
-        exit_code, said = error.exit_code, str(error)
-    except TheirError as error:
-        said = str(error)
-    except Exception as error:
-        said = their_traceback(error)
-        if said is None and raised_here(error):
+    except Exception as error:  # Any: the solves call the user's functions.
+        if whole_traceback and not isinstance(error, Refusal):
             raise
-        said = said or f"The problem was refused. {type(error).__name__}: {error}"
-    if said is not None:
+        exit_code, said = _explained(error)
         console.print(Text(said, style="red"), soft_wrap=True)
-        raise typer.Exit(exit_code)
+        raise typer.Exit(exit_code) from None
+
+
+def _explained(error: Exception) -> tuple[int, str]:
+    """The exit code, and what to say; an error that is no one's but ours is raised."""
+    if isinstance(error, Refusal):
+        return error.exit_code, str(error)
+    said = str(error) if isinstance(error, TheirError) else their_traceback(error)
+    if said is None:
+        if raised_here(error) or not isinstance(error, REFUSALS):
+            raise error
+        said = f"The problem was refused. {type(error).__name__}: {error}"
+    return 1, f"{said}\n(--traceback shows all of it.)"
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Report]:
+    """Says what is done: on a terminal in one line that changes, else line by line."""
+    console, start = Console(stderr=True), time.monotonic()
+    timed = lambda what: f"[{time.monotonic() - start:4.0f} s] {what}"
+    if not console.is_terminal:
+        yield lambda what: print(timed(what), file=sys.stderr, flush=True)
+        return
+    with console.status("") as status:
+        yield lambda what: status.update(Text(timed(what)))
 
 
 def _measure(problem: Problem, options: Options) -> tuple[Reference, list[Measurement]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed} of {task.total}"),
-        TimeElapsedColumn(),
-    )
-    console = Console(stderr=True)
-    progress = Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    )
-    with _no_compilation_cache(), progress:
-        total = number_of_stages(problem, options)
-        task = progress.add_task("", total=total, completed=-1)
-        report = lambda what: progress.update(task, description=what, advance=1)
+    with _no_compilation_cache(), _progress() as report:
         return measure(problem, options, report)
 
 

@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from ._problem import Problem, Refusal
+from ._scan import RematerialisedScan
 
 # What the gradient is with respect to.
 _PARTS = ("terms", "y0", "args")
@@ -27,7 +28,7 @@ class Method(NamedTuple):
     """How to solve a problem."""
 
     solver: dfx.AbstractSolver
-    adjoint: dfx.AbstractAdjoint
+    adjoint: dfx.AbstractAdjoint | RematerialisedScan
     dt0: Any
     stepsize_controller: dfx.AbstractStepSizeController
     max_steps: int
@@ -78,6 +79,12 @@ def _solve(problem: Problem, method: Method) -> tuple[Any, Any]:
     """What is saved, and the numbers of accepted steps."""
 
     def solve(y0):
+        if isinstance(method.adjoint, RematerialisedScan):
+            assert isinstance(method.solver, dfx.AbstractERK)
+            ys = method.adjoint.solve(
+                problem.terms, method.solver, y0, problem.args, problem.saveat
+            )
+            return ys, jnp.asarray(method.max_steps)
         solution = dfx.diffeqsolve(
             problem.terms,
             method.solver,

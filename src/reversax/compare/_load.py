@@ -1,12 +1,13 @@
 """Finds the user's function and calls it; shows its errors as the user's own."""
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -28,18 +29,11 @@ def load_problem(target: str, seed: int) -> Problem:
     `TheirError` for errors within.
     """
     module, name = _parse(target)
-    try:
-        loaded = _import_file(module) if module.endswith(".py") else _import(module)
-    except Refusal:
-        raise
-    except Exception as error:
-        raise TheirError(their_traceback(error) or _only_message(error)) from error
+    loaded = _import_file(module) if module.endswith(".py") else _import(module)
     function = _find(loaded, module, name)
     accepts_seed = _accepts_seed(function, f"{module}:{name}")
-    try:
+    with _their_code():
         problem = function(seed=seed) if accepts_seed else function()
-    except Exception as error:
-        raise TheirError(their_traceback(error) or _only_message(error)) from error
     if not isinstance(problem, Problem):
         raise Refusal(
             f"{module}:{name} returned an object of type "
@@ -48,6 +42,15 @@ def load_problem(target: str, seed: int) -> Problem:
             exit_code=2,
         )
     return problem
+
+
+@contextlib.contextmanager
+def _their_code() -> Iterator[None]:
+    """In which only code of the user's runs, so that any error is one of theirs."""
+    try:
+        yield
+    except Exception as error:
+        raise TheirError(their_traceback(error) or _only_message(error)) from error
 
 
 def _parse(target: str) -> tuple[str, str]:
@@ -69,7 +72,8 @@ def _import_file(filename: str) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    with _their_code():
+        spec.loader.exec_module(module)
     return module
 
 
@@ -77,17 +81,18 @@ def _import(name: str) -> ModuleType:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if name != missing and not name.startswith(missing + "."):
-            raise  # It exists, and imports another that does not.
-        raise Refusal(
-            f"There is no module {missing!r}. Give a module that Python finds from "
-            f"{here}, or a path that ends in `.py`.",
-            exit_code=2,
-        ) from None
+    with _their_code():
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            missing = error.name or ""
+            if name != missing and not name.startswith(missing + "."):
+                raise  # It exists, and imports another that does not.
+    raise Refusal(
+        f"There is no module {missing!r}. Give a module that Python finds from {here}, "
+        "or a path that ends in `.py`.",
+        exit_code=2,
+    )
 
 
 def _find(module: ModuleType, module_name: str, name: str) -> Callable:

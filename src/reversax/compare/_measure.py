@@ -29,7 +29,16 @@ from ._gradient import (
     split,
     value_error,
 )
-from ._problem import Problem, prepared
+from ._problem import REFUSALS, Problem, prepared
+from ._setting import (
+    NOT_FINITE,
+    Found,
+    Report,
+    describe,
+    find,
+    method_of,
+    tolerances_of,
+)
 
 # A timed run repeats the gradient until it takes at least so long.
 _SECONDS_OF_A_RUN = 0.02
@@ -41,8 +50,6 @@ class Options(NamedTuple):
 
     tolerance: float = 1e-3
     """The relative error of the gradient that is accurate enough."""
-    refinements: int = 2
-    """How often a candidate of constant steps may halve them to be that accurate."""
     repeats: int = 7
     """How many runs to take the median time of."""
     quick: bool = False
@@ -55,9 +62,13 @@ class Measurement:
 
     candidate: str
     cautionary: bool
+    control: bool
     solver: str
     adjoint: str
     dt0: float | None = None
+    rtol: float | None = None
+    """Of an adaptive controller."""
+    atol: float | None = None
     max_steps: int | None = None
     failure: str | None = None
     """Why there is no gradient, or none to trust."""
@@ -78,18 +89,18 @@ class Measurement:
 
 class _Run(NamedTuple):
     measurement: Measurement
-    method: Method
     once: Callable[[], Any] | None
     """Computes the gradient, if that works."""
+    driven_apart: bool
+    """Whether it would have taken more halvings to take steps as long as could be."""
 
 
-Report = Callable[[str], None]
-"""Called with what is done next."""
-
-
-def number_of_stages(problem: Problem, options: Options) -> int:
-    """How often `compare` reports what it does next, refinements apart."""
-    return 1 + len(_candidates(problem, options)) + options.repeats
+class _Task(NamedTuple):
+    problem: Problem
+    reference: Reference
+    options: Options
+    found: list[tuple[Candidate, Found]]
+    """What was searched for, and found."""
 
 
 def compare(
@@ -100,15 +111,22 @@ def compare(
     **Raises:** `Refusal` for a problem that cannot be compared, and whatever the user's
     own functions raise.
     """
+    offers_more = problem.candidates is None
     candidates, problem = _candidates(problem, options), prepared(problem)
-    report("reference")
+    report("The reference: Dopri8 in double precision, at tolerances down to 1e-12.")
     reference = solve_reference(problem, options.tolerance)
-    runs = []
+    report(f"The reference is known to {reference.uncertainty:.0e}.")
+    task, runs = _Task(problem, reference, options, []), []
     with _quiet_jax():
-        for candidate in candidates:
-            report(candidate.name)
-            run = _compile_until_accurate(problem, candidate, reference, options)
-            runs.append(run)
+        while len(runs) < len(candidates):
+            i = len(runs)
+            candidate = candidates[i]
+            prefix = f"({i + 1} of {len(candidates)}) {candidate.name}"
+            said = lambda what, prefix=prefix: report(f"{prefix}: {what}.")
+            runs.append(_measure(task, candidate, said))
+            more = candidate.with_all_halvings()
+            if offers_more and runs[-1].driven_apart and more is not None:
+                candidates.insert(i + 1, more)
         _time_in_turn([run for run in runs if run.once is not None], options, report)
     return reference, [run.measurement for run in runs]
 
@@ -133,44 +151,63 @@ def _quiet_jax() -> Iterator[None]:
         logger.propagate = propagate
 
 
-def _compile_until_accurate(
-    problem: Problem, candidate: Candidate, reference: Reference, options: Options
-) -> _Run:
-    """With steps halved until the gradient is accurate enough, or too often."""
-    refinements = options.refinements if problem.has_constant_steps(candidate) else 0
-    run = _compile(problem, candidate, 0, reference)
-    for halved in range(1, refinements + 1):
-        error = run.measurement.gradient_error
-        if error is not None and error <= options.tolerance:
+def _measure(task: _Task, candidate: Candidate, report: Report) -> _Run:
+    """With the coarsest steps that are accurate enough."""
+    problem, wanted = task.problem, task.options.tolerance
+    measurement = _nothing_of(candidate)
+    try:
+        found = _find(task, candidate.searched_as, report)
+    except REFUSALS as error:  # It has a row of the table that says so.
+        measurement.failure = message_of(error)
+        return _Run(measurement, None, False)
+    measurement.failure, once, method = found.failure, None, None
+    for setting in found.settings:
+        report(f"compiles it for {describe(setting)}")
+        method = method_of(problem, candidate, setting)
+        measurement, once = _compile(problem, candidate, method, task.reference)
+        error = measurement.gradient_error
+        if error is not None and error <= wanted:
             break
-        if run.measurement.temporary_bytes is None:
-            break  # It does not even compile, and will not with other steps.
-        run = _compile(problem, candidate, halved, reference)
-    if isinstance(run.method.solver, Reversible):
-        _measure_round_trip(problem, run)
-    return run
+    if method is not None and once is not None and _can_be_undone(candidate):
+        report("undoes a solve")
+        _measure_round_trip(problem, method, measurement)
+    return _Run(measurement, once, found.driven_apart)
+
+
+def _can_be_undone(candidate: Candidate) -> bool:
+    return isinstance(candidate.solver, Reversible)
+
+
+def _find(task: _Task, candidate: Candidate, report: Report) -> Found:
+    solve = lambda c: (c.solver, c.adjoint, task.problem.controller_for(c))
+    for before, found in task.found:
+        if bool(eqx.tree_equal(solve(before), solve(candidate))):
+            return found
+    wanted = task.options.tolerance
+    found = find(task.problem, candidate, task.reference, wanted, report)
+    task.found.append((candidate, found))
+    return found
+
+
+def _nothing_of(candidate: Candidate) -> Measurement:
+    return Measurement(
+        candidate.name,
+        candidate.cautionary,
+        candidate.is_control,
+        repr(candidate.solver),
+        repr(candidate.adjoint),
+    )
 
 
 def _compile(
-    problem: Problem, candidate: Candidate, halved: int, reference: Reference
-) -> _Run:
-    dt0 = problem.dt0_for(candidate)
-    dt0 = None if dt0 is None else dt0 / 2**halved
-    method = Method(
-        candidate.solver,
-        candidate.adjoint,
-        dt0,
-        problem.controller_for(candidate),
-        problem.max_steps_for(candidate, dt0, halved),
-    )
-    measurement = Measurement(
-        candidate.name,
-        candidate.cautionary,
-        repr(method.solver),
-        repr(method.adjoint),
-        dt0,
-        method.max_steps,
-    )
+    problem: Problem, candidate: Candidate, method: Method, reference: Reference
+) -> tuple[Measurement, Callable[[], Any] | None]:
+    """What is measured at once, and what is to be timed."""
+    measurement = _nothing_of(candidate)
+    measurement.dt0, measurement.max_steps = method.dt0, method.max_steps
+    tolerances = tolerances_of(method.stepsize_controller)
+    if tolerances is not None:
+        measurement.rtol, measurement.atol = tolerances
     arrays, static = eqx.partition(split(problem), eqx.is_array)
 
     def program(arrays):
@@ -181,18 +218,17 @@ def _compile(
         compiled = _compile_timed(program, arrays, measurement)
         once = lambda: jax.block_until_ready(compiled(arrays))
         gradient = once()
-    except Exception as error:  # Any: it is reported in the candidate's row.
+    except REFUSALS as error:  # It has a row of the table that says so.
         measurement.failure = message_of(error)
-        return _Run(measurement, method, None)
+        return measurement, None
     measurement.num_steps = float(gradient.num_steps)
-    parts = parts_of(gradient.parts)
-    finite = all(np.isfinite(x).all() for x in parts.values())
-    if not finite or not math.isfinite(gradient.value):
-        measurement.failure = "The value or the gradient is not finite."
-        return _Run(measurement, method, None)
-    measurement.gradient_error = gradient_error(parts, reference.parts)
+    error = gradient_error(parts_of(gradient.parts), reference.parts)
+    if not math.isfinite(error) or not math.isfinite(gradient.value):
+        measurement.failure = NOT_FINITE
+        return measurement, None
+    measurement.gradient_error = error
     measurement.value_error = value_error(float(gradient.value), reference.value)
-    return _Run(measurement, method, once)
+    return measurement, once
 
 
 def _compile_timed(program: Callable, arrays: Any, measurement: Measurement) -> Any:
@@ -212,9 +248,9 @@ def _largest(tree: PyTree) -> float:
     return float(np.max([np.max(np.abs(x), initial=0) for x in jtu.tree_leaves(tree)]))
 
 
-def _measure_round_trip(problem: Problem, run: _Run) -> None:
-    method = run.method
-
+def _measure_round_trip(
+    problem: Problem, method: Method, measurement: Measurement
+) -> None:
     @eqx.filter_jit
     def there_and_back(problem):
         solve = lambda y0: round_trip_error(
@@ -232,11 +268,10 @@ def _measure_round_trip(problem: Problem, run: _Run) -> None:
 
     try:
         error = _largest(there_and_back(problem))
-    except Exception as failure:  # Any: it is reported in the candidate's row.
-        if run.measurement.failure is None:
-            run.measurement.failure = f"Its round trip: {message_of(failure)}"
+    except eqx.EquinoxRuntimeError as failure:
+        measurement.failure = f"Its round trip: {message_of(failure)}"
         return
-    run.measurement.round_trip = error / (_largest(problem.y0) or 1.0)
+    measurement.round_trip = error / (_largest(problem.y0) or 1.0)
 
 
 def _time_in_turn(runs: list[_Run], options: Options, report: Report) -> None:
@@ -254,7 +289,7 @@ def _time_in_turn(runs: list[_Run], options: Options, report: Report) -> None:
         enough = math.ceil(_SECONDS_OF_A_RUN / seconds(run.once, 1))
         loops.append(min(enough, _MOST_LOOPS))
     for i in range(options.repeats):
-        report(f"times, {i + 1} of {options.repeats}")
+        report(f"Times all of them, {i + 1} of {options.repeats}.")
         for run, n in zip(runs, loops, strict=True):
             assert run.once is not None
             run.measurement.seconds.append(seconds(run.once, n))

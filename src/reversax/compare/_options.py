@@ -71,16 +71,6 @@ Prefer = Annotated[
         rich_help_panel=_WANTED,
     ),
 ]
-Refinements = Annotated[
-    int | None,
-    typer.Option(
-        min=0,
-        help="How often a candidate of constant steps may halve them to be accurate "
-        "enough.",
-        show_default="2; with --quick 0",
-        rich_help_panel=_HOW,
-    ),
-]
 Repeats = Annotated[
     int | None,
     typer.Option(
@@ -103,6 +93,14 @@ Quick = Annotated[
         help="Compare only the base solver, checkpointed and reversible, and "
         "reversible Euler.",
         rich_help_panel=_HOW,
+    ),
+]
+Traceback = Annotated[
+    bool,
+    typer.Option(
+        "--traceback",
+        help="Show all of the traceback of an error, not only what is in your files.",
+        rich_help_panel=_OUTPUT,
     ),
 ]
 Json = Annotated[

@@ -17,7 +17,14 @@ from ._candidates import Candidate
 
 _CALL = "`reversax.compare.Problem(...)`"
 _DEFAULT_MAX_STEPS = 4096
+# A search begins with a program that allows at least so many constant steps.
+_FEW_STEPS = 64
 _ONLY_FINAL = dfx.SaveAt(t1=True)
+
+
+REFUSALS = (TypeError, ValueError, NotImplementedError, RuntimeError)
+"""What Diffrax, Equinox, JAX and reversax raise for what they cannot do. Any other
+error is a mistake, in whose code it may be, and is raised."""
 
 
 class Refusal(Exception):
@@ -47,8 +54,9 @@ class Problem(eqx.Module):
     t0: Any
     t1: Any
     dt0: Any = None
-    """The step of `ConstantStepSize()`; the first step of an adaptive controller, or
-    `None` to leave that to it."""
+    """The step of `ConstantStepSize()`, from which the longest that is accurate enough
+    is searched for; the first step of an adaptive controller, or `None` to leave that
+    to it."""
     loss: Callable[[PyTree, PyTree], Float[Array, ""]]
     """`loss(ys, args)`: a scalar from the saved states, `solution.ys`."""
     args: PyTree = None
@@ -57,8 +65,9 @@ class Problem(eqx.Module):
     length one, as in Diffrax."""
     stepsize_controller: dfx.AbstractStepSizeController = dfx.ConstantStepSize()
     max_steps: int | None = None
-    """By default as many as constant steps are, and 4096 for any other controller. It
-    decides how much memory is allocated, so give a tight bound."""
+    """The most steps that a candidate may take: by default 4096, or as many constant
+    steps as `dt0` makes if they are more. It decides how much memory is allocated with
+    any other controller, so give a tight bound for these."""
     batched: bool = False
     """Whether to solve for each element of the leading axis of `y0` by itself, under
     `jax.vmap`. (`loss` gets the saved states of all, stacked.)"""
@@ -81,6 +90,8 @@ class Problem(eqx.Module):
         _check_candidates(self.candidates)
         _check_saveat(self.saveat)
         for candidate in self.candidates or [None]:
+            if candidate is not None and candidate.is_control:
+                continue  # Its steps are searched for without.
             if self.has_constant_steps(candidate) and not self.dt0_for(candidate):
                 raise ValueError(f"{_CALL} needs a `dt0` for `ConstantStepSize()`.")
 
@@ -98,14 +109,26 @@ class Problem(eqx.Module):
     def has_constant_steps(self, candidate: Candidate | None) -> bool:
         return isinstance(self.controller_for(candidate), dfx.ConstantStepSize)
 
-    def max_steps_for(self, candidate: Candidate, dt0, refinements: int) -> int:
-        """How many steps to allow where `dt0` was halved so many times already."""
+    def most_steps_for(self, candidate: Candidate) -> int:
         if self.max_steps is not None:
-            return self.max_steps * 2**refinements
-        if not self.has_constant_steps(candidate):
-            return _DEFAULT_MAX_STEPS
-        steps = abs(float(self.t1) - float(self.t0)) / abs(dt0)
-        return math.ceil(steps) + 1  # One for a last step that round-off leaves over.
+            return self.max_steps
+        return max(_DEFAULT_MAX_STEPS, self._steps_of_dt0(candidate))
+
+    def first_bound_for(self, candidate: Candidate) -> int:
+        """How many constant steps the first program of a search is to allow."""
+        bound = max(_FEW_STEPS, self._steps_of_dt0(candidate))
+        return min(bound, self.most_steps_for(candidate), _DEFAULT_MAX_STEPS)
+
+    def _steps_of_dt0(self, candidate: Candidate) -> int:
+        dt0 = self.dt0_for(candidate)
+        if dt0 is None or not self.has_constant_steps(candidate):
+            return 0
+        return math.ceil(self.duration / dt0)
+
+    @property
+    def duration(self) -> float:
+        """Negative backwards in time."""
+        return float(self.t1) - float(self.t0)
 
 
 def _check_candidates(candidates: Sequence[Candidate] | None) -> None:
@@ -155,4 +178,7 @@ def prepared(problem: Problem) -> Problem:
             )
     arrays = lambda x: jnp.asarray(x) if hasattr(x, "dtype") else x
     y0 = jtu.tree_map(jnp.asarray, problem.y0)
-    return jtu.tree_map(arrays, dataclasses.replace(problem, y0=y0, candidates=None))
+    both = lambda p: (p.y0, p.candidates)
+    none = lambda x: x is None
+    problem = eqx.tree_at(both, problem, (y0, None), is_leaf=none)
+    return jtu.tree_map(arrays, problem)

@@ -2,7 +2,7 @@
 
 1. Only those count that gave a gradient within the wanted tolerance of the reference
    and keep to the memory limit, and none of which the error is bounded by nothing
-   (`BacksolveAdjoint`).
+   (`BacksolveAdjoint`), and not the control, which is no solver of Diffrax.
 2. Of these, only the *efficient* ones: no other is both faster and smaller (Pareto).
 3. Of these, the fastest; or by the preference for memory the smallest. What is within
    a tenth of that counts as equal to it, and then the other quantity decides.
@@ -16,7 +16,14 @@ from ._measure import Measurement
 
 Prefer = Literal["time", "memory"]
 Verdict = Literal[
-    "take it", "efficient", "beaten", "too large", "inaccurate", "unchecked", "failed"
+    "take it",
+    "efficient",
+    "beaten",
+    "too large",
+    "inaccurate",
+    "unchecked",
+    "control",
+    "failed",
 ]
 _EQUAL = 1.1
 
@@ -53,8 +60,16 @@ def bytes_of(measurement: Measurement) -> int:
 
 
 def is_accurate(measurement: Measurement, wish: Wish) -> bool:
-    if measurement.failure is not None or measurement.cautionary:
-        return False
+    """Whether it may be taken."""
+    return _is_to_be_taken(measurement) and _is_within(measurement, wish)
+
+
+def _is_to_be_taken(measurement: Measurement) -> bool:
+    m = measurement
+    return m.failure is None and not m.cautionary and not m.control
+
+
+def _is_within(measurement: Measurement, wish: Wish) -> bool:
     error = measurement.gradient_error
     return error is not None and error <= wish.tolerance
 
@@ -86,6 +101,8 @@ def recommend(measurements: Sequence[Measurement], wish: Wish) -> Recommendation
     best = min(map(first, front))
     chosen = min((x for x in front if first(x) <= _EQUAL * best), key=second)
     text = _why(chosen, front, len(within), wish)
+    controls = [x for x in measurements if x.control and x.failure is None]
+    text = " ".join([text, *(_beside_control(chosen, x, wish) for x in controls)])
     return Recommendation(chosen.candidate, names, [x.candidate for x in front], text)
 
 
@@ -99,6 +116,8 @@ def verdict(
         return "take it"
     if measurement.cautionary:
         return "unchecked"
+    if measurement.control:
+        return "control"
     if not is_accurate(measurement, wish):
         return "inaccurate"
     if name not in recommendation.within:
@@ -110,11 +129,11 @@ def _why(
     chosen: Measurement, front: list[Measurement], num_within: int, wish: Wish
 ) -> str:
     adjoint = chosen.adjoint.partition("(")[0]
-    step = "" if chosen.dt0 is None else f", dt0={chosen.dt0:g}"
+    time, memory = as_seconds(seconds_of(chosen)), as_bytes(bytes_of(chosen))
     lines = [
-        f"Take {chosen.candidate}, with {adjoint}{step}. Its gradient is within "
-        f"{chosen.gradient_error:.1e} of the reference (wanted: {wish.tolerance:g}), "
-        f"in {as_seconds(seconds_of(chosen))} and {as_bytes(bytes_of(chosen))}."
+        f"Take {chosen.candidate}, with {adjoint}{_steps_of(chosen)}. Its gradient is "
+        f"within {chosen.gradient_error:.1e} of the reference (wanted: "
+        f"{wish.tolerance:g}), in {time} and {memory}."
     ]
     if num_within == 1:
         lines.append("No other candidate is as accurate" + _and_small(wish) + ".")
@@ -135,6 +154,29 @@ def _why(
         )
     lines.append(_alternative(chosen, front, wish))
     return " ".join(lines).strip()
+
+
+def _steps_of(measurement: Measurement) -> str:
+    """As it would be written in a program."""
+    if measurement.rtol is not None:
+        return f", rtol={measurement.rtol:.2g}, atol={measurement.atol:.2g}"
+    if measurement.dt0 is None or measurement.num_steps is None:
+        return ""
+    # Six digits of `dt0` may make for a step too many.
+    return f", dt0=(t1 - t0)/{measurement.num_steps:.0f}"
+
+
+def _beside_control(chosen: Measurement, control: Measurement, wish: Wish) -> str:
+    time, memory = as_seconds(seconds_of(control)), as_bytes(bytes_of(control))
+    text = (
+        f"For comparison, what one would write by hand, {control.candidate}: {time} "
+        f"and {memory} in {control.num_steps:.0f} steps"
+    )
+    if not _is_within(control, wish):
+        return f"{text}, and not as accurate ({control.gradient_error:.1e})."
+    times = seconds_of(control) / seconds_of(chosen)
+    larger = bytes_of(control) / bytes_of(chosen)
+    return f"{text}, {times:.2g} times as long and {larger:.2g} times the memory."
 
 
 def _and_small(wish: Wish) -> str:
@@ -175,17 +217,15 @@ def _why_none(
             f" takes {as_bytes(bytes_of(least))}. Raise --memory-limit."
         )
     error: Callable = lambda x: x.gradient_error
-    usable = [
-        x for x in measurements if x.failure is None and not x.cautionary and error(x)
-    ]
+    usable = [x for x in measurements if _is_to_be_taken(x) and error(x)]
     if not usable:
         return "No candidate gave a gradient that can be relied on."
     best = min(usable, key=error)
     return (
         f"No candidate's gradient is within {wish.tolerance:g} of the reference. "
-        f"The nearest, {best.candidate}, is within {error(best):.1e}. Take shorter "
-        "steps (a smaller dt0, more --refinements, a tighter controller), double "
-        "precision, or a larger --tolerance."
+        f"The nearest, {best.candidate}, is within {error(best):.1e}. Allow more "
+        "steps (`max_steps` of the problem), take double precision, or a larger "
+        "--tolerance."
     )
 
 

@@ -19,7 +19,7 @@ from ._gradient import Reference
 from ._measure import Measurement
 from ._recommend import Recommendation, Wish, as_bytes, as_seconds, verdict
 
-_FORMAT = 1
+_FORMAT = 2
 _LONGEST = 400  # Of what a failure says, in the table; JSON has all of it.
 _PACKAGES = ("reversax", "diffrax", "equinox", "jax", "jaxlib")
 
@@ -49,6 +49,7 @@ _STYLES = {
     "failed": "red",
     "inaccurate": "dim",
     "unchecked": "dim",
+    "control": "cyan",
     "too large": "dim",
 }
 
