@@ -53,6 +53,15 @@ def pytest_configure(config):
     )
 
 
+def pytest_collection_modifyitems(config, items):
+    # Neither daily nor part of "heavy or not heavy": they need an extra of their own.
+    if "recipes" in config.option.markexpr:
+        return
+    recipes = [item for item in items if item.get_closest_marker("recipes")]
+    config.hook.pytest_deselected(items=recipes)
+    items[:] = [item for item in items if item not in recipes]
+
+
 def pytest_runtest_teardown(item):
     # Every compiled program maps memory, of which Linux lets a process have some 65,000
     # pieces: beyond, a run of hundreds of tests dies in the compiler.
