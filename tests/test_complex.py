@@ -86,7 +86,6 @@ CELLS = [
 DAILY = {
     ("Heun", "fixed-point", "constant", "fn"),
     ("Heun", "fixed-point", "adaptive", "ts"),
-    ("own-midpoint", "published", "constant", "steps"),
 }
 
 
@@ -155,7 +154,9 @@ DRIVEN = {
 }
 
 
-@pytest.mark.parametrize("driven", DRIVEN)
+@pytest.mark.parametrize(
+    "driven", ["controlled", pytest.param("stochastic", marks=pytest.mark.heavy)]
+)
 def test_complex_states_may_be_driven_by_paths(driven):
     path = DRIVEN[driven](jax.random.key(0))
     solver = rvx.Reversible(dfx.Heun(), *SCHEMES["published"])

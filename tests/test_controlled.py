@@ -179,6 +179,7 @@ def gaps_held(ts, values):
 MISSING = {f.__name__: f for f in (gaps_bridged, gaps_bridged_by_cubics, gaps_held)}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "fill",
     [

@@ -111,7 +111,6 @@ STEPPING = {
 DAILY = [
     ("of-the-field", "pid-to-infinity"),
     ("boolean", "pid"),
-    ("no-root-finder", "constant-to-infinity"),
 ]
 
 
@@ -178,6 +177,7 @@ def test_what_would_be_saved_after_the_event_is_not(steps, root_finder):
     assert kept == {0: 5, 1: 13, 3: 7, 4: 7}[steps] + (root_finder is None)
 
 
+@pytest.mark.heavy
 def test_dense_output_up_to_an_event():
     """Evaluated at a time that is differentiated itself."""
 
@@ -230,6 +230,7 @@ def test_a_ball_bounces_twice():
     assert abs(gradient["restitution"][0]) > 1.0
 
 
+@pytest.mark.heavy
 def test_a_steady_state_ends_the_solve():
     """In the default scheme, and at a time that is not known beforehand.
 

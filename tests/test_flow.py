@@ -97,7 +97,7 @@ class Linear(eqx.Module):
     [
         pytest.param("Euler", 2, "exact", marks=pytest.mark.heavy),
         pytest.param("Euler", 2, "Hutchinson", marks=pytest.mark.heavy),
-        ("Bosh3", 4, "exact"),
+        pytest.param("Bosh3", 4, "exact", marks=pytest.mark.heavy),
     ],
 )
 def test_log_density_of_a_linear_flow_converges_at_the_order_of_the_solver(
@@ -122,6 +122,7 @@ def test_log_density_of_a_linear_flow_converges_at_the_order_of_the_solver(
     assert errors[1] <= errors[0] / 4 ** (order - 0.2), errors
 
 
+@pytest.mark.heavy
 def test_density_of_a_flow_integrates_to_one():
     flow, side = small_flow(dim=2), jnp.linspace(-8.0, 8.0, 97)
     grid = jnp.stack(jnp.meshgrid(side, side), axis=-1).reshape(-1, 2)
@@ -131,6 +132,7 @@ def test_density_of_a_flow_integrates_to_one():
     assert abs(total - 1) <= 1e-4
 
 
+@pytest.mark.heavy
 def test_samples_carry_the_log_density_that_the_flow_gives_them():
     """One is solved towards the data and the other from there."""
     flow = small_flow()

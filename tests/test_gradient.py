@@ -158,7 +158,6 @@ CELLS = [
 DAILY = [
     ("Euler", "constant", "batched", "fixed-point"),
     ("Midpoint", "step-to", "vmap", "published"),
-    ("Heun", "clip-jumps", "vmap", "published"),
     ("own-midpoint", "pid", "batched", "floating-point"),
 ]
 

@@ -45,6 +45,7 @@ def test_parameters_that_the_field_and_the_saved_function_close_over():
     assert relative_difference(inside, direct) <= 1e-13
 
 
+@pytest.mark.heavy
 def test_parameters_inside_the_term_and_inside_args():
     class Field(eqx.Module):
         network: eqx.nn.MLP
@@ -133,6 +134,7 @@ def test_half_precision_parameters_inside_the_field(dtype):
     assert relative_difference(ours, direct) <= 4 * float(jnp.finfo(dtype).eps)
 
 
+@pytest.mark.heavy
 def test_single_precision_to_its_own_round_off():
     """1,000 steps in single precision against the same program in double.
 
@@ -183,6 +185,7 @@ def test_states_saved_beside_no_outputs_or_empty_ones(saveat):
     agree(loss, (ARGS, Y0))
 
 
+@pytest.mark.heavy
 def test_a_users_own_tree_as_state():
     @jax.tree_util.register_pytree_node_class
     class Point:  # no __eq__
@@ -201,6 +204,7 @@ def test_a_users_own_tree_as_state():
     agree(loss, (Point(jnp.array(1.0), jnp.array(0.0)), jnp.array(3.0)))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("controlled", BY_CONTROL)
 def test_controlled_equations(controlled):
     """A control with derivatives in its values, and in a term of several parts."""

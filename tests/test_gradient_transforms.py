@@ -51,6 +51,7 @@ def test_backwards_in_time(saves, controlled):
     agree(loss, (ARGS, Y0))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("controlled", BY_CONTROL)
 def test_no_time_at_all(controlled):
     """With t0 == t1 every saved value is y0, and nothing depends on the field."""
@@ -132,6 +133,7 @@ def test_lanes_that_end_at_different_times():
     agree(total, (ARGS, Y0))
 
 
+@pytest.mark.heavy
 def test_a_solve_that_ran_out_of_steps_has_the_gradient_of_what_it_did():
     saveat = dfx.SaveAt(ts=jnp.array([0.1, 0.2, 0.9]), steps=True)
     loss = lambda adjoint, p: finite_sum_of_squares(
@@ -144,6 +146,7 @@ def test_a_solve_that_ran_out_of_steps_has_the_gradient_of_what_it_did():
         solve(OURS, max_steps=17)
 
 
+@pytest.mark.heavy
 def test_constant_steps_need_no_bound_on_their_number():
     solver = published(dfx.Heun())
     of = lambda adjoint, p, n: solve(adjoint, p[1], p[0], solver=solver, max_steps=n).ys
@@ -153,6 +156,7 @@ def test_constant_steps_need_no_bound_on_their_number():
     assert relative_difference(ours, expected) <= 1e-13
 
 
+@pytest.mark.heavy
 def test_a_loss_that_reads_the_times_of_the_steps():
     """Times do not depend on the parameters: Diffrax stops the gradient there too."""
 
@@ -185,6 +189,7 @@ def test_only_what_is_asked_for_is_differentiated():
         assert relative_difference(ours, direct) <= 1e-13
 
 
+@pytest.mark.heavy
 def test_jacobian_of_many_outputs():
     of = lambda adjoint: jax.jacrev(lambda y0: solve(adjoint, y0).ys)(Y0)
     assert relative_difference(of(OURS), of(DIRECT)) <= 1e-13
@@ -234,7 +239,9 @@ def test_the_hessian_by_forward_over_reverse_is_the_direct_one(saves, scheme):
     assert relative_difference(of(OURS), of(DIRECT)) <= 1e-12
 
 
-@pytest.mark.parametrize("scheme", ["fixed-point", "published"])
+@pytest.mark.parametrize(
+    "scheme", ["fixed-point", pytest.param("published", marks=pytest.mark.heavy)]
+)
 def test_the_hessian_of_a_batch_is_the_direct_one(scheme):
     """Of lanes that share the times of their steps, and so the control."""
     solver = BY_SCHEME[scheme]
@@ -252,6 +259,7 @@ def test_the_hessian_of_a_batch_is_the_direct_one(scheme):
     assert relative_difference(of(OURS), of(DIRECT)) <= 1e-12
 
 
+@pytest.mark.heavy
 def test_lanes_whose_controller_counts_the_steps_that_it_rejected():
     """Its first count is a constant of the program that `vmap` is applied to."""
     clip = dfx.ClipStepSizeController(PID, store_rejected_steps=16)
@@ -303,6 +311,7 @@ def test_hessian_by_forward_over_reverse_of_adaptive_steps():
     assert relative_difference(hessian(OURS), hessian(DIRECT)) <= 1e-13
 
 
+@pytest.mark.heavy
 def test_a_batch_without_jit_has_the_gradient_of_one_with_it():
     def loss(args):
         of_one = lambda y0: solve(OURS, y0, args, max_steps=4, dt0=0.25).ys

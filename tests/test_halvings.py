@@ -109,8 +109,16 @@ def gradient(adjoint, num, coupling=rvx.Symmetric(), dtype=jnp.float64, **kwargs
     return _gradient(adjoint, args, length, coupling, dict(max_steps=128) | kwargs)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-@pytest.mark.parametrize("nums", [(3, 63, 100, 127), (300, 1024, 1500)], ids=str)
+@pytest.mark.parametrize(
+    ("nums", "dtype"),
+    [
+        ((3, 63, 100, 127), jnp.float32),
+        ((300, 1024, 1500), jnp.float64),
+        pytest.param((3, 63, 100, 127), jnp.float64, marks=pytest.mark.heavy),
+        pytest.param((300, 1024, 1500), jnp.float32, marks=pytest.mark.heavy),
+    ],
+    ids=str,
+)
 def test_constant_steps_are_undone_to_the_bit_however_many_share_the_bits(nums, dtype):
     """The certificate allows no bit: also where those of a step fill two words."""
     kwargs = dict(dtype=dtype, max_steps=nums[-1] + 1)
@@ -121,7 +129,7 @@ def test_constant_steps_are_undone_to_the_bit_however_many_share_the_bits(nums, 
 
 @pytest.mark.parametrize(
     "halvings",
-    [3, 30, 1 / 3, *(pytest.param(b, marks=pytest.mark.heavy) for b in (1, 5, 1 / 4))],
+    [3, *(pytest.param(b, marks=pytest.mark.heavy) for b in (1, 5, 30, 1 / 4, 1 / 3))],
 )
 def test_any_number_of_halvings_is_undone_to_the_bit(halvings):
     coupling = rvx.Symmetric(halvings)
@@ -140,6 +148,7 @@ def test_the_gradient_is_that_of_the_same_halvings(num):
     assert (relative_difference(found, of_four) <= 1e-12) == (num == 50)
 
 
+@pytest.mark.heavy
 def test_the_gradient_of_adaptive_steps_is_that_of_the_same_halvings():
     kwargs = dict(stepsize_controller=PID, max_steps=4096)
     found = gradient(rvx.ReversibleAdjoint(), None, **kwargs)
@@ -163,7 +172,7 @@ def test_a_halving_too_few_undone_is_noticed(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("by", [1, 3])
+@pytest.mark.parametrize("by", [pytest.param(1, marks=pytest.mark.heavy), 3])
 def test_bits_counted_from_the_wrong_step_are_noticed(monkeypatch, by):
     read = _tape.Tape.shed_bits
 

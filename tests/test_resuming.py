@@ -187,6 +187,7 @@ def test_a_lane_that_overflows_leaves_the_others_their_gradient():
     assert jnp.isnan(ours[1]) and jnp.isnan(direct[1])
 
 
+@pytest.mark.heavy
 def test_lanes_of_very_different_stiffness_of_which_one_runs_out_of_steps():
     """1, 200 and 4000: the first takes a few steps, the last does not arrive."""
     rates = jnp.array([1.0, 200.0, 4000.0])

@@ -112,6 +112,7 @@ def test_imaginary_axis_limit_is_at_least_the_base_own(name, halvings):
     assert limit(solver, xs, "imaginary") >= limit(BASES[name], xs, "imaginary") - 0.04
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["Bosh3", "own-RungeKutta4"])
 def test_imaginary_axis_limit_is_that_of_theory(name):
     """1.73 and 2.83, textbook values of the bases."""
@@ -121,7 +122,7 @@ def test_imaginary_axis_limit_is_that_of_theory(name):
     assert abs(found - theory) <= 0.02
 
 
-@pytest.mark.parametrize("lam", [0.99, 0.9])
+@pytest.mark.parametrize("lam", [pytest.param(0.99, marks=pytest.mark.heavy), 0.9])
 @pytest.mark.parametrize("name", ["Heun", "Tsit5"])
 def test_real_axis_limit_of_the_published_coupling_is_minus_ln_lam(name, lam):
     theory = -math.log(lam)

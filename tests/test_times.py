@@ -139,7 +139,6 @@ def agree(run, at, bound=1e-11, arithmetic=SOLVER.arithmetic, quickly=True):
 
 
 DAILY = [
-    ("constant", "dense", "forwards"),
     ("step-to", "every-third-step", "forwards"),
     ("pid", "ends-and-ts", "backwards"),
 ]
@@ -239,6 +238,7 @@ def test_times_that_are_computed_from_the_parameters():
     agree(run, dict(args=ARGS))
 
 
+@pytest.mark.heavy
 def test_gradient_in_times_agrees_with_finite_differences():
     """In the default scheme. No change of the times is made that would change the
     number of constant steps, so that the solve is smooth in them."""

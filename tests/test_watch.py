@@ -74,7 +74,9 @@ def test_if_nobody_looks_a_solve_that_blew_up_passes(monkeypatch):
     assert jnp.abs(solution.ys).max() > 10
 
 
-@pytest.mark.parametrize("name", ["A1", "B2", "C3"])
+@pytest.mark.parametrize(
+    "name", ["B2", *(pytest.param(x, marks=pytest.mark.heavy) for x in ("A1", "C3"))]
+)
 def test_the_published_scheme_fails_on_damped_problems_under_a_controller(name):
     """Those of DETEST of which it has returned errors up to 1e73 as a success."""
     kwargs = dict(stepsize_controller=PID, dt0=None, max_steps=1024, t1=T1, throw=False)
