@@ -49,6 +49,22 @@ def test_lynx_hare_runs_checks_its_gradient_and_draws_both_figures(tmp_path):
 
 
 @pytest.mark.heavy
+def test_rabi_turns_a_quantum_system_as_the_area_of_its_pulse_says(tmp_path):
+    printed = run_quickly("rabi.py", tmp_path)
+    assert_gradients_agree(printed, 1e-9)
+    found = re.search(
+        r"probability (\S+), by the rotating wave (\S+); norm within (\S+) of",
+        printed,
+    )
+    assert found is not None, printed
+    probability, expected, norm = map(float, found.groups())
+    # Of the order of drive over carrier, squared, and of 1,536 steps.
+    assert abs(probability - expected) <= 1e-4
+    assert norm <= 2e-5
+    assert_shows_something(tmp_path / "rabi.png")
+
+
+@pytest.mark.heavy
 def test_reaction_diffusion_undoes_a_damped_equation_to_the_bit(tmp_path):
     printed = run_quickly("reaction_diffusion.py", tmp_path)
     assert_gradients_agree(printed, 1e-5)  # In single precision; measured 4e-7.
