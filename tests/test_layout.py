@@ -102,3 +102,47 @@ def test_public_names_say_what_they_are(obj):
         for name, method in vars(obj).items():
             if inspect.isfunction(method) and not name.startswith("_"):
                 assert inspect.getdoc(getattr(obj, name)), f"{obj.__name__}.{name}"
+
+
+IMPERATIVES = {
+    *("Apply", "Call", "Cast", "Convert", "Differentiate", "Enable", "Give", "Have"),
+    *("Keep", "Make", "Pass", "Rescale", "Resume", "Use", "Write", "{wrap};"),
+}
+
+
+def text_of(node):
+    """A string as it is written, with its placeholders."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(text_of, node.values))
+    if isinstance(node, ast.FormattedValue):
+        return "{" + ast.unparse(node.value) + "}"
+    is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+    return node.value if is_text else ""
+
+
+def messages_of(path):
+    """Those of the exceptions that a module raises, and of its checks at run time."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            if ast.unparse(node.exc.func) == "AssertionError":
+                continue
+            yield from filter(None, map(text_of, node.exc.args))
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).isupper():
+            text = text_of(node.value)
+            if text.count(" ") > 8:
+                yield text
+
+
+MESSAGES = [
+    pytest.param(text, id=f"{by_name(path)}-{i}")
+    for path in MODULES
+    if path.parent == SOURCE and path.stem != "__main__"
+    for i, text in enumerate(messages_of(path))
+]
+
+
+@pytest.mark.parametrize("text", MESSAGES)
+def test_a_message_says_first_what_to_do_and_little_more(text):
+    assert text.split()[0] in IMPERATIVES
+    ends = text.count(". ") + text.count("? ") + text.endswith(".")
+    assert 1 <= ends <= 4
