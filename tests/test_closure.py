@@ -40,11 +40,12 @@ def test_a_chain_of_gradients_inside_shard_map():
     # A base that takes its own steps, whose closure is called with both halves.
     base = dfx.HalfSolver(dfx.Euler())
     solver = rvx.Reversible(base, *SCHEMES["published"])
+    y0 = jnp.ones(2)  # From outside, where no type says so.
 
     def logarithm(q):
         ys = dfx.diffeqsolve(
             dfx.ODETerm(lambda t, y, args: -args * y),
-            *(solver, 0.0, 1.0, 0.25, jnp.ones(2), q),
+            *(solver, 0.0, 1.0, 0.25, y0, q),
             adjoint=rvx.ReversibleAdjoint(),
             max_steps=8,
         ).ys
