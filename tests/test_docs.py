@@ -47,6 +47,7 @@ by_path = lambda page: str(page.relative_to(ROOT))
 # Where programs take long to compile: 5 to 31 s each of processor time.
 LONG = {
     "docs/getting_started.md",
+    "docs/ends_of_steps.md",
     "docs/faq.md",
     "docs/migrating/diffrax.md",
     "docs/migrating/torchdiffeq.md",

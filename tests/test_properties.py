@@ -65,12 +65,14 @@ def oracle_for(program):
     """An adjoint of Diffrax that is right for the program.
 
     As a rule the checkpointed one, since the other has lost five digits of a gradient
-    of dense output (2e-11 in all; ours and the checkpointed one agreed to 1e-14). But
-    that is wrong for times under `vmap` (docs/compatibility.md).
+    of dense output (2e-11 in all; ours and the checkpointed one agreed to 1e-14); with
+    as many checkpoints as there may be steps, since with fewer it loses values saved at
+    the ends of steps (docs/ends_of_steps.md). But it is wrong for times under `vmap`
+    (docs/compatibility.md).
     """
     if program.lanes and program.moves:
         return SameScheme(dfx.DirectAdjoint())
-    return SameScheme(dfx.RecursiveCheckpointAdjoint())
+    return SameScheme(dfx.RecursiveCheckpointAdjoint(checkpoints=program.max_steps))
 
 
 def bound_on_gradient(program, num_steps):

@@ -68,6 +68,9 @@ class PrescribedTimes(AbstractTimes):
         return jnp.where(index == 0, clock.first_end, end)
 
     def interval(self, index: Index) -> tuple[Time, Time]:
+        # Two at once, in both passes. One number divided by the number of steps has
+        # other bits where that is a constant of the program (XLA multiplies by the
+        # reciprocal) than where it is not; of several it always takes the reciprocal.
         previous_end, end = self._ends(jnp.stack([index - 1, index]))
         return jnp.where(index == 0, self.clock.t0, previous_end), end
 
