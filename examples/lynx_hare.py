@@ -36,6 +36,7 @@ import optax
 from common import (
     BLUE,
     GREEN,
+    GREY,
     ORANGE,
     Measured,
     label,

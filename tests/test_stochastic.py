@@ -306,7 +306,7 @@ def test_an_ito_solver_is_refused_with_the_alternative(coupling):
 
 
 def test_euler_is_refused_where_the_published_coupling_would_not_converge():
-    message = r"`Euler` with `coupling=reversax.McCallumFoster.*Symmetric"
+    message = r"Use `coupling=reversax.Symmetric.*`Euler`.*`McCallumFoster` does not"
     refused(dfx.Euler(), rvx.McCallumFoster(), "commutative", message)
 
 
