@@ -44,8 +44,8 @@ class Closed(eqx.Module):
             )
         closed = jax.extend.core.ClosedJaxpr(self.program, self.consts)
         out = jax.extend.core.jaxpr_as_fun(closed)(*leaves)
-        treedef, *others = self.returns
-        return eqx.combine(treedef.unflatten(out), _unflattened(*others))
+        treedef, other_treedef, others = self.returns
+        return eqx.combine(treedef.unflatten(out), other_treedef.unflatten(others))
 
 
 def _described(arrays: PyTree, rest: PyTree) -> tuple:
@@ -56,10 +56,6 @@ def _described(arrays: PyTree, rest: PyTree) -> tuple:
 def _flattened(tree: PyTree) -> tuple:
     leaves, treedef = jtu.tree_flatten(tree)
     return treedef, tuple(leaves)
-
-
-def _unflattened(treedef: Any, leaves: tuple) -> PyTree:
-    return treedef.unflatten(leaves)
 
 
 def closed(fn: Callable, *example: Any) -> Closed:

@@ -32,7 +32,7 @@ import jax.tree_util as jtu
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ._one_kernel import keeps_out_of_kernels
+from ._one_kernel import is_complex, keeps_out_of_kernels
 from ._rounding import with_rounded_products
 
 
@@ -142,8 +142,7 @@ def _has_complex(jaxpr: Any) -> bool:
     variables = [*jaxpr.invars, *jaxpr.constvars]
     for equation in equations_of(jaxpr):
         variables += equation.outvars
-    dtypes = [getattr(v.aval, "dtype", None) for v in variables]
-    return any(d is not None and jnp.issubdtype(d, jnp.complexfloating) for d in dtypes)
+    return any(map(is_complex, variables))
 
 
 def evaluate_isolated(

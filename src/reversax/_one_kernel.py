@@ -91,7 +91,8 @@ _IN_PLACE = frozenset(
 )
 
 
-def _is_complex(variable: Any) -> bool:
+def is_complex(variable: Any) -> bool:
+    """Whether a variable of a jaxpr is."""
     dtype = getattr(variable.aval, "dtype", None)  # (Not all kinds have one.)
     return dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating)
 
@@ -105,7 +106,7 @@ def _has_complex_result(operation: Any) -> bool:
 def keeps_out_of_kernels(equation: Any) -> bool:
     """Whether the loop with this equation of a jaxpr in it cannot be one kernel."""
     name, kinds = equation.primitive.name, [x.aval for x in equation.invars]
-    if any(map(_is_complex, equation.outvars)):
+    if any(map(is_complex, equation.outvars)):
         return True
     if name == "dot_general":
         return all(x.ndim > 1 for x in kinds)
