@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jax.stages import Compiled
 from matplotlib.axes import Axes
 from rich.console import Console
@@ -111,6 +112,20 @@ def measure(
         )
         for name in ways
     }
+
+
+def check_gradient(
+    ours: Measured, same: Measured, num_steps: int, bound: float
+) -> None:
+    """Prints how far two gradients of one solver are apart; raises beyond `bound`."""
+    one, other = (ravel_pytree(each.gradient)[0] for each in (ours, same))
+    difference = float(jnp.linalg.norm(one - other) / jnp.linalg.norm(other))
+    print(
+        f"Gradient check at {num_steps} steps: relative difference "
+        f"{difference:.1e} (bound {bound:.0e})"
+    )
+    if not difference <= bound:
+        raise RuntimeError("The two gradients of the same solver differ.")
 
 
 def show_measured(

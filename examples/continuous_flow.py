@@ -39,6 +39,7 @@ import numpy as np
 import optax
 from common import (
     Measured,
+    check_gradient,
     measure,
     parse_arguments,
     show_measured,
@@ -58,7 +59,6 @@ from flow import (
 )
 from flow_data import Split, choose_mixture, load_reduced_digits, load_spirals
 from flow_figures import MEMORY_STYLES, OURS, PLAIN, STORED
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 from rich.console import Console
 from rich.table import Table
@@ -255,14 +255,7 @@ def compare_ways(
     }
     with console.status("Measuring gradients of many steps"):
         measured = measure(ways, *a_batch(flow, data), repeats=3)
-    ours, same = (ravel_pytree(measured[name].gradient)[0] for name in (OURS, SAME))
-    difference = float(jnp.linalg.norm(ours - same) / jnp.linalg.norm(same))
-    print(
-        f"Gradient check at {num_steps} steps: relative difference "
-        f"{difference:.1e} (bound {GRADIENT_BOUND:.0e})"
-    )
-    if not difference <= GRADIENT_BOUND:
-        raise RuntimeError("The two gradients of the same solver differ.")
+    check_gradient(measured[OURS], measured[SAME], num_steps, GRADIENT_BOUND)
     title = f"A gradient of the digits' likelihood, {num_steps} steps"
     show_measured(title, measured, console)
     return measured

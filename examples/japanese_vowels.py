@@ -39,6 +39,7 @@ from common import (
     GREY,
     ORANGE,
     Measured,
+    check_gradient,
     label,
     measure,
     parse_arguments,
@@ -46,7 +47,6 @@ from common import (
     temporary_bytes,
     train,
 )
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from neural_cde import (
@@ -154,14 +154,7 @@ def compare_ways(
     arrays = ways[OURS][1]
     with console.status("Measuring gradients of many steps"):
         measured = measure(functions, arrays, data.values, data.speakers, repeats=3)
-    ours, same = (ravel_pytree(measured[name].gradient)[0] for name in (OURS, SAME))
-    difference = float(jnp.linalg.norm(ours - same) / jnp.linalg.norm(same))
-    print(
-        f"Gradient check at {num_steps} steps: relative difference "
-        f"{difference:.1e} (bound {GRADIENT_BOUND:.0e})"
-    )
-    if not difference <= GRADIENT_BOUND:
-        raise RuntimeError("The two gradients of the same solver differ.")
+    check_gradient(measured[OURS], measured[SAME], num_steps, GRADIENT_BOUND)
     title = f"A gradient of {num_steps} steps, {len(data.speakers)} utterances"
     show_measured(title, measured, console)
     return measured

@@ -40,6 +40,7 @@ from common import (
     GREEN,
     GREY,
     ORANGE,
+    check_gradient,
     label,
     measure,
     parse_arguments,
@@ -47,7 +48,6 @@ from common import (
     temporary_bytes,
     train,
 )
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from neural_sde import (
@@ -204,14 +204,7 @@ def compare_ways(
             for name, way in WAYS.items()
         }
         measured = measure(ways, arrays, seen, repeats=1)
-    flat = {name: ravel_pytree(measured[name].gradient)[0] for name in (OURS, SAME)}
-    difference = jnp.linalg.norm(flat[OURS] - flat[SAME]) / jnp.linalg.norm(flat[SAME])
-    print(
-        f"Gradient check at {most} steps: relative difference {float(difference):.1e} "
-        f"(bound {GRADIENT_BOUND:.0e})"
-    )
-    if not difference <= GRADIENT_BOUND:
-        raise RuntimeError("The two gradients of the same solver differ.")
+    check_gradient(measured[OURS], measured[SAME], most, GRADIENT_BOUND)
     show_measured(f"A gradient through {most} steps", measured, console)
     columns = {}
     with console.status("Compiling gradients"):

@@ -39,6 +39,7 @@ from common import (
     BLUE,
     GREEN,
     ORANGE,
+    check_gradient,
     label,
     measure,
     parse_arguments,
@@ -172,14 +173,7 @@ def main() -> None:
         for name, adjoint in adjoints.items()
     }
     measured = measure(ways, start, repeats=1 if arguments.quick else 3)
-    ours, same = (np.asarray(measured[name].gradient) for name in adjoints)
-    difference = float(np.linalg.norm(ours - same) / np.linalg.norm(same))
-    print(
-        f"Gradient check at {num_steps} steps: relative difference "
-        f"{difference:.1e} (bound {GRADIENT_BOUND:.0e})"
-    )
-    if not difference <= GRADIENT_BOUND:
-        raise RuntimeError("The two gradients of the same solver differ.")
+    check_gradient(*measured.values(), num_steps=num_steps, bound=GRADIENT_BOUND)
     show_measured(f"A gradient of {num_steps} steps", measured, console)
     plot(learned, seen, arguments.out / "rabi.png")
     print(f"Loss {loss:.2e}; the figure is in {arguments.out}")

@@ -54,6 +54,7 @@ from common import (
     GREY,
     ORANGE,
     Measured,
+    check_gradient,
     label,
     measure,
     parse_arguments,
@@ -185,14 +186,9 @@ def compare_ways(
             way = WAYS[OURS] if name == SAME else way
             last = predict(true, data, setting, way)[-1]
             errors[name] = f"{relative_error(last, data.exact[-1]):.1e}"
-    ours, same = (measured[name].gradient.free for name in (OURS, SAME))
-    difference = float(jnp.linalg.norm(ours - same) / jnp.linalg.norm(same))
-    print(
-        f"Gradient check at {setting.full_num_steps} steps: relative difference "
-        f"{difference:.1e} (bound {GRADIENT_BOUND:.0e})"
+    check_gradient(
+        measured[OURS], measured[SAME], setting.full_num_steps, GRADIENT_BOUND
     )
-    if not difference <= GRADIENT_BOUND:
-        raise RuntimeError("The two gradients of the same solver differ.")
     show_measured(
         f"A gradient until t = {setting.held_out[-1]:.0f}",
         measured,
