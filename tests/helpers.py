@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import reversax as rvx
-from reversax._halvings import AbstractSchedule
-from reversax._setup import _schedule
+from reversax._numbers.schedule import AbstractSchedule
+from reversax._walk.setup import _schedule
 
 
 class RungeKutta4(dfx.AbstractERK):

@@ -10,7 +10,7 @@ import pytest
 from helpers import OwnMidpoint, quick
 
 import reversax as rvx
-from reversax._base import check_memory
+from reversax._schemes.base import check_memory
 
 OURS = rvx.ReversibleAdjoint()
 TERM = dfx.ODETerm(lambda t, y, args: jax.tree.map(lambda x: args - 0.5 * x, y))

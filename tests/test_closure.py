@@ -8,7 +8,7 @@ import pytest
 from helpers import SCHEMES, quick
 
 import reversax as rvx
-from reversax._closure import closed
+from reversax._xla.closure import closed
 
 
 def test_what_a_function_closes_over_is_a_leaf_and_may_be_exchanged():

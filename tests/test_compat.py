@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import reversax as rvx
-from reversax import _compat, _guard
+from reversax._xla import compat, guard
 
 
 class _Spy(dfx.AbstractAdjoint):
@@ -57,14 +57,14 @@ def test_the_loops_state_has_these_fields(call):
 
 
 def test_the_integration_loop_takes_these_arguments():
-    assert set(inspect.signature(_compat.integration_loop).parameters) == {
+    assert set(inspect.signature(compat.integration_loop).parameters) == {
         "solver", "stepsize_controller", "event", "saveat", "t0", "t1", "dt0",
         "max_steps", "terms", "args", "init_state", "inner_while_loop",
         "outer_while_loop", "progress_meter",
     }  # fmt: skip
     # An event is located by calling it once more, with a loop that makes no step.
     # Imported because it cannot be had otherwise without an adjoint at hand.
-    assert dfx.DirectAdjoint()._loop is inspect.unwrap(_compat.integration_loop)
+    assert dfx.DirectAdjoint()._loop is inspect.unwrap(compat.integration_loop)
 
 
 def test_the_hundred_numbers_below_t1_share_one_trace():
@@ -90,7 +90,7 @@ def test_constant_steps_are_replayed_to_the_bit(num_steps):
         )
         multiply = lambda a, b: a * b
         index = jnp.array(index)
-        again = _compat.replayed_end(controller, first_state, index, multiply)
+        again = compat.replayed_end(controller, first_state, index, multiply)
         assert end == again
 
 
@@ -100,20 +100,20 @@ def test_prescribed_times_are_replayed_to_the_bit():
     _, first_state = controller.init(None, ts[0], ts[-1], None, None, None, None, None)
     for index in range(1, 3):
         index = jnp.array(index)
-        again = _compat.replayed_end(controller, first_state, index, None)
+        again = compat.replayed_end(controller, first_state, index, None)
         assert again == ts[index + 1]
 
 
 def test_prevbefore_is_the_next_number_below():
     for x in (1.0, 0.0, -3.5, 1e-300):
-        assert _compat.prevbefore(jnp.array(x)) < x or x == 1e-300
-    below = _compat.prevbefore(jnp.array(1.0))
+        assert compat.prevbefore(jnp.array(x)) < x or x == 1e-300
+    below = compat.prevbefore(jnp.array(1.0))
     assert below == jnp.nextafter(jnp.array(1.0), jnp.array(0.0))
 
 
 def test_unvmap_any_is_one_value_for_all_lanes():
     def of(x):
-        out = _compat.unvmap_any(x > 1)
+        out = compat.unvmap_any(x > 1)
         return jax.lax.cond(out, lambda: x, lambda: -x)
 
     assert jnp.array_equal(jax.vmap(of)(jnp.array([0.0, 2.0])), jnp.array([0.0, 2.0]))
@@ -121,24 +121,24 @@ def test_unvmap_any_is_one_value_for_all_lanes():
 
 
 def test_nonfinite_is_one_of_diffraxs_results_and_says_so():
-    assert "Nonfinite" in dfx.RESULTS[_compat.NONFINITE]
+    assert "Nonfinite" in dfx.RESULTS[compat.NONFINITE]
 
 
 def test_nondifferentiable_refuses_a_derivative_with_our_message():
     with pytest.raises(Exception, match="our message"):
-        jax.grad(lambda x: _compat.nondifferentiable(x, msg="our message"))(1.0)
+        jax.grad(lambda x: compat.nondifferentiable(x, msg="our message"))(1.0)
 
 
 def test_buffers_are_written_where_the_predicate_holds():
     buffer = jnp.zeros(3)
-    assert _compat.buffer_at_set(buffer, 1, 5.0, pred=True)[1] == 5
-    assert _compat.buffer_at_set(buffer, 1, 5.0, pred=jnp.array(False))[1] == 0
+    assert compat.buffer_at_set(buffer, 1, 5.0, pred=True)[1] == 5
+    assert compat.buffer_at_set(buffer, 1, 5.0, pred=jnp.array(False))[1] == 0
 
     def body(carry):
         i, buffer = carry
-        return i + 1, _compat.buffer_at_set(buffer, i, i * 1.0, pred=i != 1)
+        return i + 1, compat.buffer_at_set(buffer, i, i * 1.0, pred=i != 1)
 
-    _, filled = _compat.while_loop(
+    _, filled = compat.while_loop(
         lambda c: c[0] < 3,
         body,
         (jnp.array(0), buffer),
@@ -150,7 +150,7 @@ def test_buffers_are_written_where_the_predicate_holds():
 
 
 def test_the_guard_passes_reverse_mode_under_every_batching():
-    f = lambda x: jnp.sum(_guard.reverse_only(x) ** 2)
+    f = lambda x: jnp.sum(guard.reverse_only(x) ** 2)
     x = jnp.array([1.0, 2.0])
     assert jnp.array_equal(jax.grad(f)(x), 2 * x)
     assert jnp.array_equal(jax.jit(jax.grad(jax.jit(f)))(x), 2 * x)
@@ -158,14 +158,14 @@ def test_the_guard_passes_reverse_mode_under_every_batching():
     total = lambda rows: jnp.sum(jax.vmap(f)(rows))
     assert jnp.array_equal(jax.grad(total)(rows), 2 * rows)
     assert jnp.array_equal(jax.vmap(jax.grad(f))(rows), 2 * rows)
-    assert jnp.array_equal(jax.jacrev(_guard.reverse_only)(x), jnp.eye(2))
+    assert jnp.array_equal(jax.jacrev(guard.reverse_only)(x), jnp.eye(2))
 
 
 def test_the_guard_detaches_integers_too():
-    f = lambda x: _guard.detached(x) * x
+    f = lambda x: guard.detached(x) * x
     assert jax.grad(f)(3.0) == 3.0
-    assert _guard.detached(jnp.array(3)).dtype == jnp.array(3).dtype
-    assert jax.vmap(_guard.detached)(jnp.arange(3)).tolist() == [0, 1, 2]
+    assert guard.detached(jnp.array(3)).dtype == jnp.array(3).dtype
+    assert jax.vmap(guard.detached)(jnp.arange(3)).tolist() == [0, 1, 2]
 
 
 def test_errors_at_run_time_are_of_this_class():
@@ -181,7 +181,7 @@ def test_every_single_term_is_wrapped_with_its_direction():
     class Looking(dfx.Euler):
         def init(self, terms, t0, t1, y0, args):
             for x in terms.terms:
-                assert type(x) is _compat.WrapTerm and type(x.term) is dfx.ODETerm
+                assert type(x) is compat.WrapTerm and type(x.term) is dfx.ODETerm
                 jax.debug.callback(lambda d: directions.append(int(d)), x.direction)
             return super().init(terms, t0, t1, y0, args)
 
@@ -196,4 +196,4 @@ def test_every_single_term_is_wrapped_with_its_direction():
 def test_steps_of_this_diffrax_leave_the_space_time_area_as_it_is():
     """If not, the answer is what it should be all the same: `test_stochastic.py` has
     orders that only the right sign gives."""
-    assert _compat.flips_space_time_area() is False
+    assert compat.flips_space_time_area() is False

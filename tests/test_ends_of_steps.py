@@ -16,8 +16,8 @@ import pytest
 from helpers import SCHEMES, SameScheme, quick
 
 import reversax as rvx
-from reversax._clock import Clock
-from reversax._times import PrescribedTimes
+from reversax._walk.clock import Clock
+from reversax._walk.times import PrescribedTimes
 
 # Steps, end, and how many equally spaced times are saved: in each of these the default
 # adjoint of Diffrax 0.7.2 loses the derivative of a saved value.

@@ -12,7 +12,7 @@ from helpers import TABLEAU_BASES, in_cells, network_arguments, network_field
 from test_increment import STAGES_FOR_THE_SUM
 
 import reversax as rvx
-from reversax._increment import TableauIncrement, make_increment
+from reversax._schemes.increment import TableauIncrement, make_increment
 
 ARGS, Y0 = network_arguments(), jnp.array([[0.3, -0.2, 0.5]])
 NUM_STEPS = 20

@@ -13,8 +13,9 @@ from helpers import SameScheme, network_arguments, network_field, relative_diffe
 from hypothesis import given, settings, strategies as st
 
 import reversax as rvx
-from reversax import _coupling, _tape
-from reversax._halvings import OverTime, PerStep, over_steps, over_time
+from reversax._numbers.schedule import OverTime, PerStep, over_steps, over_time
+from reversax._schemes import coupling
+from reversax._walk import tape
 
 Y0 = jnp.array([[0.3, -0.7, 1.1]])
 ARGS = network_arguments()
@@ -160,12 +161,12 @@ DAMPED = dict(coupling=rvx.Symmetric(3))
 
 
 def test_a_halving_too_few_undone_is_noticed(monkeypatch):
-    unmix = _coupling.Symmetric.unmix
+    unmix = coupling.Symmetric.unmix
 
     def too_few(self, arithmetic, pair, halvings, shed_bits):
         return unmix(self, arithmetic, pair, halvings - 1, shed_bits)
 
-    monkeypatch.setattr(_coupling.Symmetric, "unmix", too_few)
+    monkeypatch.setattr(coupling.Symmetric, "unmix", too_few)
     jax.clear_caches()
     with pytest.raises(eqx.EquinoxRuntimeError, match="did not find the initial state"):
         gradient(rvx.ReversibleAdjoint(), 30, **DAMPED)
@@ -174,12 +175,12 @@ def test_a_halving_too_few_undone_is_noticed(monkeypatch):
 
 @pytest.mark.parametrize("by", [pytest.param(1, marks=pytest.mark.heavy), 3])
 def test_bits_counted_from_the_wrong_step_are_noticed(monkeypatch, by):
-    read = _tape.Tape.shed_bits
+    read = tape.Tape.shed_bits
 
     def wrong(self, shed, halvings):
         return read(self, jnp.maximum(shed, by) - by, halvings)
 
-    monkeypatch.setattr(_tape.Tape, "shed_bits", wrong)
+    monkeypatch.setattr(tape.Tape, "shed_bits", wrong)
     jax.clear_caches()
     with pytest.raises(eqx.EquinoxRuntimeError, match="did not find the initial state"):
         gradient(rvx.ReversibleAdjoint(), 30, **DAMPED)
@@ -188,7 +189,7 @@ def test_bits_counted_from_the_wrong_step_are_noticed(monkeypatch, by):
 
 def test_bits_beyond_the_end_of_a_word_are_kept(monkeypatch):
     """What a step sheds may begin in one word and end in the next."""
-    add = _tape.Recorder._add_bits
+    add = tape.Recorder._add_bits
 
     def first_word_only(self, shed, halvings, keep, new, rows):
         self = eqx.tree_at(
@@ -196,7 +197,7 @@ def test_bits_beyond_the_end_of_a_word_are_kept(monkeypatch):
         )
         return add(self, shed, halvings, keep, new, rows)
 
-    monkeypatch.setattr(_tape.Recorder, "_add_bits", first_word_only)
+    monkeypatch.setattr(tape.Recorder, "_add_bits", first_word_only)
     jax.clear_caches()
     with pytest.raises(eqx.EquinoxRuntimeError, match="did not find the initial state"):
         gradient(rvx.ReversibleAdjoint(), 30, **DAMPED)

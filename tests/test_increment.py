@@ -14,14 +14,14 @@ from helpers import (
     network_field,
 )
 
-from reversax._control import halves_of
-from reversax._increment import (
+from reversax._schemes.control import halves_of
+from reversax._schemes.increment import (
     StepIncrement,
     TableauIncrement,
     _tableau,
     make_increment,
 )
-from reversax._pair import half_of
+from reversax._schemes.twins import half_of
 
 STAGES_FOR_THE_SUM = {
     "Euler": 1,

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import reversax as rvx
-from reversax._one_kernel import in_one_kernel
-from reversax._rounding import with_rounded_products
+from reversax._xla.one_kernel import in_one_kernel
+from reversax._xla.rounding import with_rounded_products
 
 pytestmark = pytest.mark.usefixtures("optimised")
 

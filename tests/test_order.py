@@ -19,8 +19,8 @@ import pytest
 from helpers import SCHEMES, Kutta3, RungeKutta4
 
 import reversax as rvx
+from reversax._schemes.watch import begin
 from reversax._solver import TwinState
-from reversax._watch import begin
 
 
 def kepler(t, u, args):

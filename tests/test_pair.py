@@ -11,11 +11,11 @@ from hypothesis import given, settings, strategies as st
 
 import reversax as rvx
 from reversax import Pair
-from reversax._control import halves_of
-from reversax._increment import make_increment
-from reversax._pair import Scheme, take_step, undo_step
+from reversax._schemes.control import halves_of
+from reversax._schemes.increment import make_increment
+from reversax._schemes.twins import Scheme, take_step, undo_step
+from reversax._schemes.watch import begin
 from reversax._solver import TwinState
-from reversax._watch import begin
 
 DTYPES = {"float32": jnp.float32, "float64": jnp.float64}
 ONE_STEP = 0.05

@@ -10,7 +10,7 @@ import pytest
 from programs import ARGS, CONTROLLED, DIRECT, Y0, agree, solve
 
 import reversax as rvx
-from reversax import _tape
+from reversax._walk import tape
 
 FLOATING = rvx.Reversible(dfx.Heun(), rvx.Symmetric(1 / 4), rvx.FloatingPoint())
 BY_BITS = rvx.Reversible(dfx.Heun(), arithmetic=rvx.FloatingPoint())
@@ -122,14 +122,14 @@ def test_the_way_back_restarts_by_halvings_where_these_follow_from_the_solve(
 
 def test_the_check_at_a_restart_is_that_at_t0(monkeypatch):
     """A kept pair that was spoilt is noticed, though the way to t0 is short from it."""
-    read = _tape.Tape.kept_pair
+    read = tape.Tape.kept_pair
 
     def spoilt(self, index, shed, otherwise):
         at, pair = read(self, index, shed, otherwise)
         return at, jax.tree.map(lambda x: jnp.where(at, x + 1e-6, x), pair)
 
     jax.clear_caches()
-    monkeypatch.setattr(_tape.Tape, "kept_pair", spoilt)
+    monkeypatch.setattr(tape.Tape, "kept_pair", spoilt)
     adjoint = rvx.ReversibleAdjoint(restart_every=16)
     with pytest.raises(eqx.EquinoxRuntimeError, match="kept to restart from"):
         eqx.filter_jit(jax.grad(lambda a: loss(adjoint, a)))(ARGS)

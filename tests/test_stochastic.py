@@ -312,7 +312,7 @@ def test_euler_is_refused_where_the_published_coupling_would_not_converge():
 
 @HEAVY
 def test_euler_in_fact_does_not_converge_under_the_published_coupling(monkeypatch):
-    monkeypatch.setattr("reversax._problem.noise_is_additive", lambda *_: True)
+    monkeypatch.setattr("reversax._schemes.problem.noise_is_additive", lambda *_: True)
     wrapped = rvx.Reversible(dfx.Euler(), rvx.McCallumFoster())
     errors = strong_errors(wrapped, "commutative", PLAIN)
     assert errors[-1] > 0.05, errors

@@ -1,8 +1,8 @@
 """`ReversibleAdjoint`: one custom derivative rule around the whole solve.
 
-Forward it runs Diffrax's loop, `_forward.py`, and keeps the final pair and the times of
-the steps. Backward it walks the steps in reverse, `_backward.py`, and checks that it
-arrives where the solve began, `_certificate.py`.
+Forward it runs Diffrax's loop, `forward.py`, and keeps the final pair and the times of
+the steps. Backward it walks the steps in reverse, `backward.py`, and checks that it
+arrives where the solve began, `certificate.py`.
 """
 
 import functools as ft
@@ -15,21 +15,21 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._backward import Carry, Walk, walk_back, wide
-from ._certificate import certificate, checked_tangents, round_trip
-from ._clock import Clock
-from ._coupling import Pair
-from ._event import locate
-from ._faults import raise_if_failed
-from ._forward import Forward, run, run_for_derivative
-from ._guard import detached, forward_only, reverse_only
-from ._halvings import Count, Index
-from ._lanes import Axes, batch_aware
-from ._observe import add_trees
-from ._one_lane import Lane, Outputs, make_lane, outputs_of, sum_over_lanes
-from ._psi import Lanes
-from ._setup import CALL, Setup, set_up
-from ._tape import Record
+from ._numbers.schedule import Count, Index
+from ._schemes.coupling import Pair
+from ._schemes.fields import Lanes
+from ._walk.backward import Carry, Walk, walk_back, wide
+from ._walk.certificate import certificate, checked_tangents, round_trip
+from ._walk.clock import Clock
+from ._walk.event import locate
+from ._walk.faults import raise_if_failed
+from ._walk.forward import Forward, run, run_for_derivative
+from ._walk.lane import Lane, Outputs, make_lane, outputs_of, sum_over_lanes
+from ._walk.observe import add_trees
+from ._walk.setup import CALL, Setup, set_up
+from ._walk.tape import Record
+from ._xla.batching import Axes, batch_aware
+from ._xla.guard import detached, forward_only, reverse_only
 
 
 class _Residuals(eqx.Module):

@@ -8,13 +8,13 @@ import equinox as eqx
 import jax.tree_util as jtu
 from jaxtyping import Array, Int, PyTree
 
-from ._arithmetic import State
-from ._backward import Walk, walk_back_without_cotangents
-from ._compat import nondifferentiable
-from ._coupling import Pair
-from ._forward import run
-from ._one_lane import Outputs, make_lane
-from ._setup import set_up
+from ._numbers.arithmetic import State
+from ._schemes.coupling import Pair
+from ._walk.backward import Walk, walk_back_without_cotangents
+from ._walk.forward import run
+from ._walk.lane import Outputs, make_lane
+from ._walk.setup import set_up
+from ._xla.compat import nondifferentiable
 
 _CALL = "`reversax.round_trip_error(...)`"
 _NO_DERIVATIVE = (

@@ -9,15 +9,16 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from ._arithmetic import AbstractArithmetic, FloatingPoint, State
-from ._base import check_memory, checked_sometimes
-from ._compat import DIVERGED, NONFINITE
-from ._control import Time, brownian_paths, halves_of
-from ._coupling import AbstractCoupling, Pair, Symmetric
-from ._fixed_point import FixedPoint
-from ._halvings import MOST, AbstractSchedule, Count, Index, PerStep
-from ._increment import AbstractIncrement, make_increment
-from ._pair import (
+from ._numbers.arithmetic import AbstractArithmetic, FloatingPoint, State
+from ._numbers.fixed_point import FixedPoint
+from ._numbers.schedule import MOST, AbstractSchedule, Count, Index, PerStep
+from ._schemes.base import check_memory, checked_sometimes
+from ._schemes.control import Time, brownian_paths, halves_of
+from ._schemes.coupling import AbstractCoupling, Pair, Symmetric
+from ._schemes.fields import Psi
+from ._schemes.increment import AbstractIncrement, make_increment
+from ._schemes.problem import check_problem, innermost, layers_of
+from ._schemes.twins import (
     Scheme,
     StepEnds,
     TwinInterpolation,
@@ -27,9 +28,8 @@ from ._pair import (
     half_of,
     take_step,
 )
-from ._problem import check_problem, innermost, layers_of
-from ._psi import Psi
-from ._watch import APART, Seen, Watch, begin, look, look_sometimes
+from ._schemes.watch import APART, Seen, Watch, begin, look, look_sometimes
+from ._xla.compat import DIVERGED, NONFINITE
 
 _TWO_STATE_SOLVERS = (dfx.ReversibleHeun, dfx.LeapfrogMidpoint, dfx.SemiImplicitEuler)
 

@@ -5,8 +5,8 @@ import dataclasses
 import diffrax as dfx
 
 from .._adjoint import ReversibleAdjoint
-from .._coupling import McCallumFoster, Symmetric
-from .._halvings import MOST
+from .._numbers.schedule import MOST
+from .._schemes.coupling import McCallumFoster, Symmetric
 from .._solver import Reversible
 from ._scan import RematerialisedScan
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
-from .._control import brownian_paths
+from .._schemes.control import brownian_paths
 from .._solver import Reversible
 from ._candidates import Candidate
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from .._halvings import BITS, MOST
+from .._numbers.schedule import BITS, MOST
 from ._candidates import Candidate
 from ._gradient import (
     Gradient,

@@ -9,20 +9,20 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from ._base import checked_at
-from ._clock import Clock, ClosedController, Sensitivity, any_of
-from ._compat import DIVERGED, integration_loop, while_loop
-from ._coupling import Pair
-from ._event import reading_out
-from ._halvings import Count
-from ._increment import AbstractIncrement
-from ._pair import Scheme
-from ._psi import NO_LANES, Lanes, Psi
-from ._setup import CALL, Setup, saveat_with
-from ._solver import ClosedSolver, Interpolated, Progress, TwinState, result_of
-from ._tape import Record, Recorder, RecorderState, Tape, recording_while_loop
-from ._times import AbstractTimes, PrescribedTimes
-from ._watch import APART, LOST, OUTGROWN, SOUND, Watch, begin
+from .._numbers.schedule import Count
+from .._schemes.base import checked_at
+from .._schemes.coupling import Pair
+from .._schemes.fields import NO_LANES, Lanes, Psi
+from .._schemes.increment import AbstractIncrement
+from .._schemes.twins import Scheme
+from .._schemes.watch import APART, LOST, OUTGROWN, SOUND, Watch, begin
+from .._solver import ClosedSolver, Interpolated, Progress, TwinState, result_of
+from .._xla.compat import DIVERGED, integration_loop, while_loop
+from .clock import Clock, ClosedController, Sensitivity, any_of
+from .event import reading_out
+from .setup import CALL, Setup, saveat_with
+from .tape import Record, Recorder, RecorderState, Tape, recording_while_loop
+from .times import AbstractTimes, PrescribedTimes
 
 
 class Forward(NamedTuple):

@@ -30,7 +30,7 @@ from jax.extend.mlir.dialects import func, stablehlo
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, PyTree
 
-from ._compat import ONE_KERNEL, compiles_small_calls, number_of_devices
+from .compat import ONE_KERNEL, compiles_small_calls, number_of_devices
 
 _SWITCH = "REVERSAX_ONE_KERNEL"
 

@@ -11,7 +11,7 @@ contracts the gap between the twins, which nothing else would do. With it the st
 and what the user sees is `readout(y, z)`.
 
 The symmetric coupling halves the gap about the mean, `b` times at a step, a number that
-`_halvings.py` has for each:
+`schedule.py` has for each:
 
     (S)    mix(y, z) = (y - c, z + c),  c = (1 - 2**-b)*(y - z)/2,
            readout(y, z) = (y + z)/2
@@ -32,9 +32,9 @@ import jax.lax as lax
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._arithmetic import AbstractArithmetic, State, scaled
-from ._compat import unvmap_any
-from ._halvings import MOST, SELDOM, AbstractSchedule, Count, Index, PerStep
+from .._numbers.arithmetic import AbstractArithmetic, State, scaled
+from .._numbers.schedule import MOST, SELDOM, AbstractSchedule, Count, Index, PerStep
+from .._xla.compat import unvmap_any
 
 
 class Pair(eqx.Module):

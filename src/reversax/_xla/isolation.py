@@ -12,8 +12,8 @@ to the bit. So each evaluation is made a computation of its own:
   result depend on an element of each, else what is unused would be pruned. Residuals
   that are merely inputs, parameters above all, are not returned from the branch (that
   would copy them) but put in place outside.
-- In it, products are rounded by themselves, `_rounding.py`. Where a loop is one kernel,
-  `_one_kernel.py`, the branch is compiled with all that stands around it, and whether a
+- In it, products are rounded by themselves, `rounding.py`. Where a loop is one kernel,
+  `one_kernel.py`, the branch is compiled with all that stands around it, and whether a
   product is contracted with a sum depends on what else needs it.
 - Under `vmap` the predicate stays a single one; a batched conditional would become a
   selection, which isolates nothing.
@@ -32,8 +32,8 @@ import jax.tree_util as jtu
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ._one_kernel import is_complex, keeps_out_of_kernels
-from ._rounding import with_rounded_products
+from .one_kernel import is_complex, keeps_out_of_kernels
+from .rounding import with_rounded_products
 
 
 def _zero(x: Array) -> Float[Array, ""]:
@@ -252,7 +252,7 @@ def written_out(tree: PyTree[Array], run_time: Array) -> PyTree[Array]:
 
 
 def rounded_product(a: Array, b: Array) -> Array:
-    """`a*b`, rounded by itself whatever is done with it, (P) of `_rounding.py`. `b` is
+    """`a*b`, rounded by itself whatever is done with it, (P) of `rounding.py`. `b` is
     a run-time number."""
     b = jnp.asarray(b)
     product = a * b

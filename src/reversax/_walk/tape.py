@@ -16,7 +16,7 @@ whether the twins are too far apart: whether it would reject a step whose error 
     (L)    |g| / LIMIT,
 
 which nothing else would stop. Healthy solves have some tolerances, the published
-coupling up to some thousands. (With the gap in the estimate (U) of `_pair.py` a step
+coupling up to some thousands. (With the gap in the estimate (U) of `twins.py` a step
 adds to it less than `2**b` tolerances, so that it stays below some hundred.)
 """
 
@@ -32,15 +32,15 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree, UInt32
 
-from ._clock import Moment, Sensitivity
-from ._compat import DIVERGED, buffer_at_set, while_loop
-from ._control import Time
-from ._coupling import Pair
-from ._halvings import AbstractSchedule, Count, Index, divided
-from ._one_kernel import in_one_kernel
-from ._pair import Scheme
-from ._times import AbstractTimes, PrescribedTimes, RecordedTimes
-from ._watch import LOST, OUTGROWN, SOUND
+from .._numbers.schedule import AbstractSchedule, Count, Index, divided
+from .._schemes.control import Time
+from .._schemes.coupling import Pair
+from .._schemes.twins import Scheme
+from .._schemes.watch import LOST, OUTGROWN, SOUND
+from .._xla.compat import DIVERGED, buffer_at_set, while_loop
+from .._xla.one_kernel import in_one_kernel
+from .clock import Moment, Sensitivity
+from .times import AbstractTimes, PrescribedTimes, RecordedTimes
 
 _BITS = 32
 _REMEMBERED = 16  # Tries.
@@ -169,7 +169,7 @@ class RecorderState(eqx.Module):
     """(J), of the next step, if the times are recorded and differentiated."""
     tried: Array | None
     """What was the matter with the last steps that were tried, accepted or not, as
-    `_watch.py` has it; `None` if every step is accepted."""
+    `watch.py` has it; `None` if every step is accepted."""
     since: Array | None
     """How many were tried since."""
 

@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree
 
-from ._arithmetic import State
-from ._compat import depends_on_argument, unvmap_any
-from ._control import Time
-from ._halvings import Index
-from ._increment import AbstractIncrement, is_tableau
-from ._problem import Problem, is_of_diffrax
-from ._watch import default_tolerance, largest, not_too_small
+from .._numbers.arithmetic import State
+from .._numbers.schedule import Index
+from .._xla.compat import depends_on_argument, unvmap_any
+from .control import Time
+from .increment import AbstractIncrement, is_tableau
+from .problem import Problem, is_of_diffrax
+from .watch import default_tolerance, largest, not_too_small
 
 
 def _remembers(solver: dfx.AbstractSolver, problem: Problem) -> bool:

@@ -1,10 +1,10 @@
 """The increment as the two passes evaluate it: alike.
 
 In exact arithmetic an increment must have the same bits in both passes, so there its
-core, and the control that drives it, are isolated, `_isolation.py`, and differentiated
+core, and the control that drives it, are isolated, `isolation.py`, and differentiated
 with respect to the same parameters in both. Where a batch of solves shares parameters,
-whose cotangents the backward pass sums over all lanes at once (`_lanes.py`), increments
-are evaluated for all lanes at once in both.
+whose cotangents the backward pass sums over all lanes at once (`batching.py`),
+increments are evaluated for all lanes at once in both.
 """
 
 from collections.abc import Hashable
@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Int, PyTree
 
-from ._arithmetic import State
-from ._control import Control, Half, Time
-from ._increment import AbstractIncrement, Advance, Core
-from ._isolation import Evaluation, Function, evaluate, evaluate_isolated
+from .._numbers.arithmetic import State
+from .._xla.isolation import Evaluation, Function, evaluate, evaluate_isolated
+from .control import Control, Half, Time
+from .increment import AbstractIncrement, Advance, Core
 
 Axes = PyTree[int | None]
 

@@ -15,12 +15,12 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Int
 
-from ._compat import DIVERGED, NONFINITE
-from ._coupling import Symmetric
-from ._fixed_point import FixedPoint
-from ._halvings import MOST
-from ._setup import CALL, Setup
-from ._watch import APART, OUTGROWN
+from .._numbers.fixed_point import FixedPoint
+from .._numbers.schedule import MOST
+from .._schemes.coupling import Symmetric
+from .._schemes.watch import APART, OUTGROWN
+from .._xla.compat import DIVERGED, NONFINITE
+from .setup import CALL, Setup
 
 _KEPT, _CUT = 28, 4
 

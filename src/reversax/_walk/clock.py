@@ -29,10 +29,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
-from ._arithmetic import State
-from ._closure import closed
-from ._compat import clip_to_end, depends_on_argument, prevbefore
-from ._control import Time
+from .._numbers.arithmetic import State
+from .._schemes.control import Time
+from .._xla.closure import closed
+from .._xla.compat import clip_to_end, depends_on_argument, prevbefore
 
 
 def just_below(t1: Time) -> Time:

@@ -25,8 +25,8 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree, Real
 
-from ._arithmetic import scaled
-from ._compat import WrapTerm, depends_on_argument, flips_space_time_area
+from .._numbers.arithmetic import scaled
+from .._xla.compat import WrapTerm, depends_on_argument, flips_space_time_area
 
 Time = Real[Array, ""] | np.ndarray | float
 Sign = Array | np.ndarray | int

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ._arithmetic import State
-from ._control import Time, brownian_paths, noise_is_additive
-from ._coupling import AbstractCoupling, Symmetric
+from .._numbers.arithmetic import State
+from .control import Time, brownian_paths, noise_is_additive
+from .coupling import AbstractCoupling, Symmetric
 
 # The terms, `t0`, `y0` and `args`.
 Problem = tuple[PyTree[dfx.AbstractTerm], Time, State, PyTree]

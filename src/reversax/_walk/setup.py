@@ -24,22 +24,29 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._arithmetic import State
-from ._base import check_memory
-from ._clock import Clock, Moment, close_controller, just_below
-from ._compat import number_of_steps
-from ._control import Time, direction_of
-from ._coupling import Symmetric
-from ._event import close_event, without_derivatives
-from ._halvings import MOST, SELDOM, AbstractSchedule, Index, over_steps, over_time
-from ._increment import make_increment
-from ._observe import close_fn, is_subsaveat
-from ._pair import Scheme
-from ._problem import Problem, check_problem
-from ._solver import Reversible, TwinState, first_state
-from ._tape import Plan, Restarts
-from ._times import prescribes_times
-from ._watch import begin, look_every
+from .._numbers.arithmetic import State
+from .._numbers.schedule import (
+    MOST,
+    SELDOM,
+    AbstractSchedule,
+    Index,
+    over_steps,
+    over_time,
+)
+from .._schemes.base import check_memory
+from .._schemes.control import Time, direction_of
+from .._schemes.coupling import Symmetric
+from .._schemes.increment import make_increment
+from .._schemes.problem import Problem, check_problem
+from .._schemes.twins import Scheme
+from .._schemes.watch import begin, look_every
+from .._solver import Reversible, TwinState, first_state
+from .._xla.compat import number_of_steps
+from .clock import Clock, Moment, close_controller, just_below
+from .event import close_event, without_derivatives
+from .observe import close_fn, is_subsaveat
+from .tape import Plan, Restarts
+from .times import prescribes_times
 
 CALL = "`diffrax.diffeqsolve(..., adjoint=reversax.ReversibleAdjoint())`"
 

@@ -32,11 +32,11 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from ._coupling import Pair
-from ._guard import agreeing
-from ._pair import Scheme
-from ._setup import CALL
-from ._watch import Scale, default_tolerance, largest, not_too_small
+from .._schemes.coupling import Pair
+from .._schemes.twins import Scheme
+from .._schemes.watch import Scale, default_tolerance, largest, not_too_small
+from .._xla.guard import agreeing
+from .setup import CALL
 
 _SMALLEST_DECADE = -17
 _DECADES = range(_SMALLEST_DECADE, 3)

@@ -8,11 +8,11 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Real
 
-from ._clock import Clock, pull_row, pull_through
-from ._compat import replayed_end
-from ._control import Time
-from ._halvings import Index
-from ._isolation import rounded_product
+from .._numbers.schedule import Index
+from .._schemes.control import Time
+from .._xla.compat import replayed_end
+from .._xla.isolation import rounded_product
+from .clock import Clock, pull_row, pull_through
 
 
 def prescribes_times(controller: dfx.AbstractStepSizeController) -> bool:

@@ -10,7 +10,7 @@ for an ODE) and `vf_prod(t, y, control)` the vector field applied to it,
     (RK4)  error estimate = sum_i e_i k_i
 
 Backward steps are the same formulas with `t1 < t0` and the control of the reversed path
-(`_control.py`), which is evaluated once for both halves of a reversible step. Only
+(`control.py`), which is evaluated once for both halves of a reversible step. Only
 stages that some requested sum depends on are evaluated: without an error estimate or
 dense output Tsit5 takes 6. The stages behind (RK3) are evaluated first, by themselves.
 
@@ -38,12 +38,12 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, PyTree
 
-from ._arithmetic import State, scaled
-from ._closure import Closed, closed
-from ._control import Control, Half, Time, controls_of, over_half
-from ._isolation import equations_of, written_out
-from ._one_kernel import keeps_out_of_kernels
-from ._problem import is_of_diffrax
+from .._numbers.arithmetic import State, scaled
+from .._xla.closure import Closed, closed
+from .._xla.isolation import equations_of, written_out
+from .._xla.one_kernel import keeps_out_of_kernels
+from .control import Control, Half, Time, controls_of, over_half
+from .problem import is_of_diffrax
 
 
 class Advance(NamedTuple):

@@ -1,6 +1,6 @@
 r"""Twins made of integers, of which what is added is taken back to the bit.
 
-With the twins integers, (A) of `_arithmetic.py` is integer addition. To halve their gap
+With the twins integers, (A) of `arithmetic.py` is integer addition. To halve their gap
 `b` times sheds `b` of its bits, those above the lowest, which stays:
 
     (H1)   d = y - z,  g = d >> 1,  c = g - (g >> b),  shed g & (2**b - 1)
@@ -29,9 +29,9 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree, UInt, UInt32
 
-from ._arithmetic import AbstractArithmetic, Code, State, power_of_two, scaled
-from ._guard import with_derivative_of
-from ._halvings import Count
+from .._xla.guard import with_derivative_of
+from .arithmetic import AbstractArithmetic, Code, State, power_of_two, scaled
+from .schedule import Count
 
 
 class Number(eqx.Module):

@@ -6,7 +6,7 @@ undoes `halve_gap`, which halves the gap between the twins `b` times:
     (A)    subtract(add(x, d), d) == x
     (H)    halve_gap:   y -> y - c,  z -> z + c,  c = (1 - 2**-b)*(y - z)/2
 
-In floating point both hold to round-off; in fixed point, `_fixed_point.py`, to the bit.
+In floating point both hold to round-off; in fixed point, `fixed_point.py`, to the bit.
 """
 
 import abc
@@ -19,7 +19,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, PyTree, UInt32
 
-from ._halvings import Count
+from .schedule import Count
 
 State = PyTree[Array]
 Code = PyTree[Any]

@@ -11,7 +11,7 @@ evaluated once, by `jax.vjp`, and serves twice:
     (T1)   ct_z += pull_f(ct_y)             transposes (F1)
     (TC)   (ct_y, ct_z) = mix^T(ct_y, ct_z)  transposes (C)
 
-Both halves are one piece of code, `_pair.py`, in a loop of two trips, in which each is
+Both halves are one piece of code, `twins.py`, in a loop of two trips, in which each is
 evaluated and pulled back at once. Only if something was saved *inside* a step are both
 evaluated first: the interpolant needs their values, and its cotangents must be there
 before (T2).
@@ -32,18 +32,18 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
-from ._arithmetic import State
-from ._clock import Clock
-from ._control import Half, Time, halves_of, of_step
-from ._coupling import Pair
-from ._halvings import Count, Index
-from ._isolation import Evaluation, run_time_true
-from ._observe import add_trees, zeros_like_inexact
-from ._one_kernel import in_one_kernel
-from ._one_lane import Halved, Lane, only_where, sum_over_lanes
-from ._pair import half_of, through_halves, undo_step
-from ._psi import Psi
-from ._watch import Scale
+from .._numbers.arithmetic import State
+from .._numbers.schedule import Count, Index
+from .._schemes.control import Half, Time, halves_of, of_step
+from .._schemes.coupling import Pair
+from .._schemes.fields import Psi
+from .._schemes.twins import half_of, through_halves, undo_step
+from .._schemes.watch import Scale
+from .._xla.isolation import Evaluation, run_time_true
+from .._xla.one_kernel import in_one_kernel
+from .clock import Clock
+from .lane import Halved, Lane, only_where, sum_over_lanes
+from .observe import add_trees, zeros_like_inexact
 
 
 def wide(x: Array) -> Array:

@@ -9,19 +9,19 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
-from ._arithmetic import State
-from ._certificate import checked_tangents, largest_of_pair, round_trip
-from ._clock import Clock, any_of, inexact, pull_through
-from ._control import Time
-from ._coupling import Pair
-from ._forward import tape_of
-from ._halvings import Count, Index
-from ._increment import AbstractIncrement
-from ._observe import Observation, Pulled, add_trees, zeros_like_inexact
-from ._pair import Scheme, StepEnds, dense_info
-from ._setup import Setup
-from ._tape import Record, Tape
-from ._watch import Scale
+from .._numbers.arithmetic import State
+from .._numbers.schedule import Count, Index
+from .._schemes.control import Time
+from .._schemes.coupling import Pair
+from .._schemes.increment import AbstractIncrement
+from .._schemes.twins import Scheme, StepEnds, dense_info
+from .._schemes.watch import Scale
+from .certificate import checked_tangents, largest_of_pair, round_trip
+from .clock import Clock, any_of, inexact, pull_through
+from .forward import tape_of
+from .observe import Observation, Pulled, add_trees, zeros_like_inexact
+from .setup import Setup
+from .tape import Record, Tape
 
 
 class Outputs(NamedTuple):

@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree, Real
 
-from ._arithmetic import State
-from ._clock import inexact
-from ._closure import closed
-from ._control import Time
-from ._halvings import Index
-from ._pair import StepEnds, TwinInterpolation, dense_info
+from .._numbers.arithmetic import State
+from .._numbers.schedule import Index
+from .._schemes.control import Time
+from .._schemes.twins import StepEnds, TwinInterpolation, dense_info
+from .._xla.closure import closed
+from .clock import inexact
 
 
 def is_subsaveat(x: Any) -> bool:

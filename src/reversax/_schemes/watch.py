@@ -8,10 +8,10 @@ far, a pair is sound as long as
     (W)    r = max over leaves of g/s  <=  1,   or  r <= 10  and the last one was <= 1,
 
 which nothing satisfies that is not a number. (`s` is never taken smaller than (M) of
-`_certificate.py` says.) Healthy solves stay far below one: a step adds to the gap what
+`certificate.py` says.) Healthy solves stay far below one: a step adds to the gap what
 the base's own error is. One step that is much too coarse may pass it, of which the
 coupling has removed most by the next look; what grows stays above. Under a controller
-the gap is watched by that too, `_tape.py`.
+the gap is watched by that too, `tape.py`.
 
 A step that makes `b` halvings, and widens the gap from `g0` to `g`, would have left it
 as it was with
@@ -33,12 +33,12 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ._arithmetic import State
-from ._compat import unvmap_any
-from ._control import Time
-from ._coupling import Pair
-from ._halvings import Count, Index, divided
-from ._pair import Scheme
+from .._numbers.arithmetic import State
+from .._numbers.schedule import Count, Index, divided
+from .._xla.compat import unvmap_any
+from .control import Time
+from .coupling import Pair
+from .twins import Scheme
 
 Scale = PyTree[Float[Array, ""]]
 

@@ -18,7 +18,7 @@ with `s = -1` from `t1` to `t0` (F2). They are written, traced and, in a loop of
 trips, compiled once.
 
 (McCallum & Foster, arXiv 2410.11648, equations (4) and (5), with their coupling.) All
-of these act on codes of states (`_arithmetic.py`), the increments on states.
+of these act on codes of states (`arithmetic.py`), the increments on states.
 
 The increments do not quite cancel: their sum is what the step adds to the gap `y - z`,
 
@@ -59,11 +59,11 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
-from ._arithmetic import AbstractArithmetic, FloatingPoint, State, power_of_two
-from ._control import Half, Time
-from ._coupling import AbstractCoupling, Pair
-from ._halvings import Count
-from ._increment import Core
+from .._numbers.arithmetic import AbstractArithmetic, FloatingPoint, State, power_of_two
+from .._numbers.schedule import Count
+from .control import Half, Time
+from .coupling import AbstractCoupling, Pair
+from .increment import Core
 
 
 class Scheme(eqx.Module):

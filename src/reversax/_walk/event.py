@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ._arithmetic import State
-from ._closure import closed
-from ._compat import integration_loop, while_loop
-from ._control import Time
-from ._pair import Scheme
+from .._numbers.arithmetic import State
+from .._schemes.control import Time
+from .._schemes.twins import Scheme
+from .._xla.closure import closed
+from .._xla.compat import integration_loop, while_loop
 
 
 def constant(tree: PyTree) -> PyTree:

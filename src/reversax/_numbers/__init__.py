@@ -1,0 +1,1 @@
+"""The numbers that states are made of, exact or not."""

@@ -1,0 +1,1 @@
+"""Ways of stepping that can be undone."""

@@ -1,0 +1,1 @@
+"""The way forward through a solve and the way back over it."""
