@@ -20,7 +20,7 @@ from helpers import (
 )
 
 import reversax as rvx
-from reversax import _adjoint
+from reversax._walk import rule
 
 TERM = dfx.ODETerm(network_field)
 ARGS, Y0 = network_arguments(), initial_states()
@@ -306,13 +306,13 @@ def forget_what_was_traced_with_a_fault(request):
 
 def gradient_with_fault(monkeypatch, fault, **kwargs):
     """The gradient when `fault` changes what the backward pass is given."""
-    backward = _adjoint._walk_back_and_check
+    backward = rule._walk_back_and_check
 
     def faulty(residuals, ct_out, perturbed, parts, *, setup, axes):
         residuals, parts = fault(residuals, parts)
         return backward(residuals, ct_out, perturbed, parts, setup=setup, axes=axes)
 
-    monkeypatch.setattr(_adjoint, "_walk_back_and_check", faulty)
+    monkeypatch.setattr(rule, "_walk_back_and_check", faulty)
     loss = lambda args: fixed_point_loss(args, **kwargs)
     return eqx.filter_jit(jax.grad(loss))(ARGS)
 
@@ -326,16 +326,15 @@ def flip_a_shed_bit(residuals, parts):
 
 def flip_a_bit_of_the_state(residuals, parts):
     """The lowest of one element at the end of the solve: 8e-25."""
-    where = lambda r: r.pair.z.low
-    low = residuals.pair.z.low
+    where = lambda r: r.codes[1].low
+    low = residuals.codes[1].low
     return eqx.tree_at(where, residuals, low.at[0, 0].set(low[0, 0] ^ 1)), parts
 
 
 def nudge_the_parameters(residuals, parts):
     """Each by one ulp."""
-    pair0, increment, *rest = parts
     nudge = lambda x: jnp.nextafter(x, jnp.inf) if eqx.is_inexact_array(x) else x
-    return residuals, (pair0, jax.tree.map(nudge, increment), *rest)
+    return residuals, parts._replace(increment=jax.tree.map(nudge, parts.increment))
 
 
 def nothing(residuals, parts):

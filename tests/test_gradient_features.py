@@ -178,7 +178,7 @@ def test_single_precision_to_its_own_round_off():
     ],
 )
 def test_states_saved_beside_no_outputs_or_empty_ones(saveat):
-    twin = lambda solution: SOLVER.scheme.decode(solution.solver_state.pair).z
+    twin = lambda solution: SOLVER.scheme.decode(solution.solver_state.codes)[1]
     loss = lambda adjoint, p: jnp.sum(
         twin(solve(adjoint, p[1], p[0], saveat=saveat)) ** 2
     )

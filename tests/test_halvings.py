@@ -177,8 +177,8 @@ def test_a_halving_too_few_undone_is_noticed(monkeypatch):
 def test_bits_counted_from_the_wrong_step_are_noticed(monkeypatch, by):
     read = tape.Tape.shed_bits
 
-    def wrong(self, shed, halvings):
-        return read(self, jnp.maximum(shed, by) - by, halvings)
+    def wrong(self, lost):
+        return read(self, lost._replace(before=jnp.maximum(lost.before, by) - by))
 
     monkeypatch.setattr(tape.Tape, "shed_bits", wrong)
     jax.clear_caches()

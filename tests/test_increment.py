@@ -14,14 +14,15 @@ from helpers import (
     network_field,
 )
 
-from reversax._schemes.control import halves_of
 from reversax._schemes.increment import (
     StepIncrement,
     TableauIncrement,
     _tableau,
     make_increment,
 )
-from reversax._schemes.twins import half_of
+from reversax._schemes.moves import row
+from reversax._schemes.scheme import Span
+from reversax._schemes.twins import legs_of
 
 STAGES_FOR_THE_SUM = {
     "Euler": 1,
@@ -44,9 +45,9 @@ def step_of(solver, t0, t1, y0, args, term):
 def evaluate(increment, t0, t1, y, *, error=False, dense=False):
     """The increment over the forward half of a step, or over the reverse half."""
     early, late = jnp.minimum(t0, t1), jnp.maximum(t0, t1)
-    halves = halves_of(early, late, increment.contr(early, late))
-    half = half_of(halves, 0 if t0 < t1 else 1)
-    return increment(half, y, error=error, dense=dense)
+    legs = legs_of(Span(early, late), increment.contr(early, late))
+    leg = row(legs, 0 if t0 < t1 else 1)
+    return increment(leg, y, error=error, dense=dense)
 
 
 def same_to_ulps(a, b, scale, ulps=8):

@@ -15,10 +15,11 @@ SOURCE = ROOT / "src" / "reversax"
 ROOMS = {
     "_xla": "__init__ compat closure guard one_kernel rounding batching isolation",
     "_numbers": "__init__ schedule arithmetic fixed_point",
-    "_schemes": "__init__ control coupling problem increment fields twins watch base",
+    "_schemes": "__init__ control coupling problem increment fields moves scheme "
+    "interpolation error_estimate twins native watch base",
     "": "_solver",
-    "_walk": "__init__ clock times tape observe event setup faults forward certificate lane "
-    "backward",
+    "_walk": "__init__ clock times stepping tape observe event setup faults forward "
+    "certificate cotangents lane backward rule",
     "top": "_adjoint _round_trip __init__",
     "compare": "_scan _search _candidates _problem _gradient _setting _measure "
     "_recommend _load _plot _report _options _command __init__",

@@ -20,7 +20,7 @@ from helpers import SCHEMES, Kutta3, RungeKutta4
 
 import reversax as rvx
 from reversax._schemes.watch import begin
-from reversax._solver import TwinState
+from reversax._solver import ReversibleState
 
 
 def kepler(t, u, args):
@@ -212,8 +212,7 @@ def test_interpolation_meets_both_ends_of_a_step():
     term = dfx.ODETerm(lotka_volterra)
     y0 = jnp.array([1.0, 1.0])
     t0, t1 = jnp.asarray(0.0), jnp.asarray(0.1)
-    pair = rvx.Pair(y0, y0 + 0.01)
-    state = TwinState(pair, jnp.array(0), begin(y0, 0.0))
+    state = ReversibleState((y0, y0 + 0.01), jnp.array(0), begin(y0, 0.0))
     y1, _, dense_info, _, _ = solver.step(term, t0, t1, y0, None, state, False)
     interpolation = solver.interpolation_cls(t0=t0, t1=t1, **dense_info)
     assert jnp.max(jnp.abs(interpolation.evaluate(t0) - y0)) < 4e-16

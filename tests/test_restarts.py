@@ -121,15 +121,15 @@ def test_the_way_back_restarts_by_halvings_where_these_follow_from_the_solve(
 
 
 def test_the_check_at_a_restart_is_that_at_t0(monkeypatch):
-    """A kept pair that was spoilt is noticed, though the way to t0 is short from it."""
-    read = tape.Tape.kept_pair
+    """A kept state that was spoilt is noticed, however short the way from it to t0."""
+    read = tape.Tape.kept
 
     def spoilt(self, index, shed, otherwise):
-        at, pair = read(self, index, shed, otherwise)
-        return at, jax.tree.map(lambda x: jnp.where(at, x + 1e-6, x), pair)
+        at, kept = read(self, index, shed, otherwise)
+        return at, jax.tree.map(lambda x: jnp.where(at, x + 1e-6, x), kept)
 
     jax.clear_caches()
-    monkeypatch.setattr(tape.Tape, "kept_pair", spoilt)
+    monkeypatch.setattr(tape.Tape, "kept", spoilt)
     adjoint = rvx.ReversibleAdjoint(restart_every=16)
     with pytest.raises(eqx.EquinoxRuntimeError, match="kept to restart from"):
         eqx.filter_jit(jax.grad(lambda a: loss(adjoint, a)))(ARGS)

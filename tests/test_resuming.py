@@ -104,7 +104,7 @@ def test_the_state_handed_over_is_differentiated():
         after = solve(
             adjoint, y1, saveat=STATES, solver=DEFAULT, solver_state=state, **SECOND
         )
-        other = scheme.decode(after.solver_state.pair).z
+        other = scheme.decode(after.solver_state.codes)[1]
         return jnp.sum(jnp.sin(after.ys)) + jnp.sum(other**2)
 
     agree(loss, (before.ys[-1], diff), arithmetic=rvx.FixedPoint())

@@ -50,7 +50,7 @@ def is_stable(solver, alphas):
         )
         sizes = jnp.abs(solution.ys)
         if isinstance(solver, rvx.Reversible):
-            pair = solver.scheme.decode(solution.solver_state.pair)
+            pair = rvx.Pair(*solver.scheme.decode(solution.solver_state.codes))
             sizes = jnp.abs(jnp.stack([pair.y, pair.z]))
         # What drifts apart is stopped before it has grown so far.
         return jnp.all(sizes < GROWN) & dfx.is_okay(solution.result)

@@ -1,6 +1,5 @@
 """`round_trip_error`: how well a solve can be undone, measured without a gradient."""
 
-import functools as ft
 from typing import NamedTuple
 
 import diffrax as dfx
@@ -11,9 +10,10 @@ from jaxtyping import Array, Int, PyTree
 from ._numbers.arithmetic import State
 from ._schemes.coupling import Pair
 from ._walk.backward import Walk, walk_back_without_cotangents
+from ._walk.cotangents import Outputs
 from ._walk.forward import run
-from ._walk.lane import Outputs, make_lane
-from ._walk.setup import set_up
+from ._walk.lane import make_lane
+from ._walk.setup import Parts, set_up
 from ._xla.compat import nondifferentiable
 
 _CALL = "`reversax.round_trip_error(...)`"
@@ -38,7 +38,7 @@ class _ThereAndBack(dfx.AbstractAdjoint):
 
     def loop(self, *, throw, passed_solver_state, passed_controller_state, **solve):
         del passed_controller_state
-        (pair0, increment, fns, clock), setup = set_up(
+        parts, setup = set_up(
             **solve,
             call=_CALL,
             throw=throw,
@@ -47,23 +47,23 @@ class _ThereAndBack(dfx.AbstractAdjoint):
             restart_every=None,
             backward_meter=dfx.NoProgressMeter(),
         )
-        pair0, increment = nondifferentiable((pair0, increment), msg=_NO_DERIVATIVE)
-        clock = nondifferentiable(clock, msg=_NO_DERIVATIVE)
-        parts = pair0, increment, fns, clock
+        codes, increment = nondifferentiable(parts[:2], msg=_NO_DERIVATIVE)
+        clock = nondifferentiable(parts.clock, msg=_NO_DERIVATIVE)
+        parts = Parts(codes, increment, parts.fns, clock)
         # As for a gradient with respect to everything, so that the same is measured.
-        nothing = ft.partial(jtu.tree_map, lambda _: False)
-        increments = jtu.tree_map(eqx.is_inexact_array, increment)
-        perturbed = nothing(pair0), increments, nothing(fns), nothing(clock)
+        nothing = jtu.tree_map(lambda _: False, parts)
+        everything = jtu.tree_map(eqx.is_inexact_array, increment)
+        perturbed = nothing._replace(increment=everything)
         forward = run(parts, setup, perturbed=perturbed)
         num_steps = forward.final_state.num_accepted_steps
-        no_outputs: list = [None for _ in fns]
+        no_outputs: list = [None for _ in parts.fns]
         none = Outputs(None, no_outputs, no_outputs, *[None] * 5)
         record = forward.record
         lane = make_lane(parts, setup, record, none, (num_steps, None), perturbed)
-        psi = Walk(lane, None, None).psi
         counts = num_steps, forward.num_shed
-        reconstructed = walk_back_without_cotangents(lane, psi, forward.pair, *counts)
-        error = setup.scheme.difference(reconstructed, pair0)
+        walk = Walk(lane, None, None)
+        reconstructed = walk_back_without_cotangents(walk, forward.codes, *counts)
+        error = setup.scheme.difference(reconstructed, parts.codes)
         return forward.final_state, dict(forward.aux_stats, round_trip_error=error)
 
 

@@ -1,37 +1,27 @@
 """`Reversible`: the reversible step dressed as an ordinary Diffrax solver."""
 
-import functools as ft
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
-import jax.tree_util as jtu
+from jaxtyping import PyTree
 
 from ._numbers.arithmetic import AbstractArithmetic, FloatingPoint, State
 from ._numbers.fixed_point import FixedPoint
-from ._numbers.schedule import MOST, AbstractSchedule, Count, Index, PerStep
+from ._numbers.schedule import MOST, Index, PerStep
 from ._schemes.base import check_memory, checked_sometimes
-from ._schemes.control import Time, brownian_paths, halves_of
-from ._schemes.coupling import AbstractCoupling, Pair, Symmetric
-from ._schemes.fields import Psi
+from ._schemes.control import Time, brownian_paths
+from ._schemes.coupling import AbstractCoupling, Symmetric
 from ._schemes.increment import AbstractIncrement, make_increment
+from ._schemes.interpolation import TwinInterpolationFactory
+from ._schemes.moves import Codes
+from ._schemes.native import native_scheme, undoes_itself
 from ._schemes.problem import check_problem, innermost, layers_of
-from ._schemes.twins import (
-    Scheme,
-    StepEnds,
-    TwinInterpolation,
-    TwinInterpolationFactory,
-    dense_info,
-    error_estimate,
-    half_of,
-    take_step,
-)
-from ._schemes.watch import APART, Seen, Watch, begin, look, look_sometimes
+from ._schemes.scheme import AbstractScheme, Span
+from ._schemes.twins import Twins
+from ._schemes.watch import APART, Seen, Watch, begin, look
 from ._xla.compat import DIVERGED, NONFINITE
-
-_TWO_STATE_SOLVERS = (dfx.ReversibleHeun, dfx.LeapfrogMidpoint, dfx.SemiImplicitEuler)
 
 
 def _check_base(solver: Any) -> None:
@@ -53,71 +43,28 @@ def _check_base(solver: Any) -> None:
             "solves an equation only up to a tolerance, so it cannot be undone. "
             f"({call})"
         )
-    if reversible or isinstance(layers[-1], _TWO_STATE_SOLVERS):
+    if reversible or any(map(undoes_itself, layers[1:])):
         raise ValueError(
             "Use a Runge-Kutta solver such as `diffrax.Midpoint()` or "
-            f"`diffrax.Tsit5()`: `{name}` advances two states (or two steps) already, "
-            f"so it has no increment of a single state. ({call})"
+            f"`diffrax.Tsit5()` in this place: `{name}` advances several states (or "
+            f"steps) already, so it has no increment of a single one. ({call})"
         )
 
 
 _DEFAULT_COUPLING = Symmetric()
 
 
-class TwinState(eqx.Module):
+class ReversibleState(eqx.Module):
     """The state of a [`reversax.Reversible`][] solver."""
 
-    pair: Pair
-    """The twins, in their arithmetic."""
+    codes: Codes
+    """The parts of the state, in their arithmetic: of twins, these two."""
     num_steps: Index
     """How many steps were accepted."""
     watch: Watch
-    """What was seen of the twins, and when."""
-
-
-def pair_step(
-    scheme: Scheme,
-    psi: AbstractIncrement | Psi,
-    interval: tuple[Time, Time],
-    pair0: Pair,
-    halvings: Count,
-    *,
-    error: bool,
-    dense: bool,
-) -> tuple[Pair, State | None, dict[str, Any], dfx.RESULTS]:
-    """A reversible step from `pair0`, its error estimate, dense output and result."""
-    t0, t1 = interval
-    halves = halves_of(t0, t1, psi.contr(t0, t1))
-    core = ft.partial(psi.core, extends=error or dense)
-    step = take_step(scheme, pair0, halvings, halves, core)
-    ahead, behind = half_of(step.core, 0), half_of(step.core, 1)
-    first = half_of(halves, 0)
-    advance = psi.extend(first, step.z, ahead, error=error, dense=dense)
-    ends = StepEnds(
-        scheme.readout(pair0),
-        scheme.readout(step.pair1),
-        step.z,
-        ahead.increment,
-        advance.dense_info,
-    )
-    if ahead.result is None or behind.result is None:
-        result = dfx.RESULTS.successful
-    else:
-        result = dfx.RESULTS.where(
-            dfx.is_okay(ahead.result), behind.result, ahead.result
-        )
-    estimate = None
-    if error:
-        watches_gap = scheme.coupling.watches_gap
-        estimate = error_estimate(
-            step.core.increment, advance.error, halvings, watches_gap
-        )
-    if error and scheme.arithmetic.exact:
-        # A controller that adapts rejects such a step.
-        estimate = jtu.tree_map(
-            lambda e, y: jnp.where(jnp.isnan(y), jnp.inf, e), estimate, ends.readout1
-        )
-    return step.pair1, estimate, dense_info(ends), result
+    """What was seen on the way, and when."""
+    before: Any = None
+    """Where the last step began, for a scheme that looks back; else `None`."""
 
 
 class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
@@ -161,6 +108,11 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
     ):
         self.solver = solver
         self.memoryless = memoryless
+        if undoes_itself(solver) and coupling is not _DEFAULT_COUPLING:
+            raise ValueError(
+                f"Leave out `coupling`: `{type(solver).__name__}` undoes itself, so "
+                "that there are no twins to couple. (`reversax.Reversible(...)`)"
+            )
         self.coupling = coupling
         if arithmetic is None:
             halves = getattr(coupling, "halves", False)
@@ -191,8 +143,21 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
             )
 
     @property
-    def scheme(self) -> Scheme:
-        return Scheme(self.coupling, self.arithmetic)
+    def scheme(self) -> AbstractScheme:
+        native = native_scheme(self.solver, self.arithmetic)
+        if native is not None:
+            return native
+        interpolation_cls = TwinInterpolationFactory(self.solver.interpolation_cls)
+        return Twins(self.coupling, self.arithmetic, interpolation_cls)
+
+    def fields(
+        self, terms: PyTree[dfx.AbstractTerm], args: PyTree
+    ) -> AbstractIncrement:
+        """What the scheme evaluates, for these terms and arguments."""
+        native = native_scheme(self.solver, self.arithmetic)
+        if native is not None:
+            return native.fields(terms, args)
+        return make_increment(self.solver, terms, args)
 
     # What Diffrax asks of a solver before the first step, all answered by the base.
 
@@ -216,11 +181,13 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
 
     @property
     def interpolation_cls(self):
-        return TwinInterpolationFactory(self.solver.interpolation_cls)
+        return self.scheme.interpolation_cls
 
     def order(self, terms):
         order = self.solver.order(terms)
-        return None if order is None else self.coupling.order(order)
+        if order is None or undoes_itself(self.solver):
+            return order
+        return self.coupling.order(order)
 
     def strong_order(self, terms):
         return self.solver.strong_order(terms)
@@ -229,14 +196,15 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
         if brownian_paths(terms):
             return self.solver.error_order(terms)
         order = self.solver.order(terms)
-        if isinstance(self.solver, dfx.AbstractAdaptiveSolver) or order is None:
+        adaptive = isinstance(self.solver, dfx.AbstractAdaptiveSolver)
+        if adaptive or order is None or undoes_itself(self.solver):
             return self.solver.error_order(terms)
         return order + 2 - order % 2  # Of (E) alone.
 
     def func(self, terms, t0, y0, args):
         return self.solver.func(terms, t0, y0, args)
 
-    def init(self, terms, t0, t1, y0, args) -> TwinState:
+    def init(self, terms, t0, t1, y0, args) -> ReversibleState:
         del t1
         check_problem(self.solver, self.coupling, (terms, t0, y0, args))
         check_memory(self.solver, self.memoryless, (terms, t0, y0, args))
@@ -244,24 +212,26 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         del made_jump  # Nothing is carried over from the previous step.
-        scheme, increment = self.scheme, make_increment(self.solver, terms, args)
-        pair0, num_steps = scheme.rebase(solver_state.pair, y0), solver_state.num_steps
-        # What the number of halvings may follow from is known to the adjoint only.
-        schedule = self.coupling.schedule(0, PerStep(MOST, 1, 0))
-        halvings = schedule.of_step(num_steps, t0, t1)
-        options = dict(error=True, dense=True)
-        pair, error, dense_info, result = pair_step(
-            scheme, increment, (t0, t1), pair0, halvings, **options
+        scheme, increment = self.scheme, self.fields(terms, args)
+        codes0, num_steps = (
+            scheme.rebase(solver_state.codes, y0),
+            solver_state.num_steps,
         )
-        seen = Seen(scheme, pair0, pair, halvings, t1)
+        # What the number of halvings may follow from is known to the adjoint only.
+        bits = scheme.schedule(0, PerStep(MOST, 1, 0)).of_step(num_steps, t0, t1)
+        options = dict(error=True, dense=True)
+        span = Span(t0, t1, solver_state.before)
+        step = scheme.step(increment, span, codes0, bits, **options)
+        seen = Seen(scheme, codes0, step.codes, bits, t1)
         watch = look(solver_state.watch, seen)
-        at = t1, scheme.decode(pair).z
+        at = t1, scheme.reached(step.codes)
         known = increment, num_steps, watch.is_sound
-        pair = checked_sometimes(pair, *known, at)
+        codes = checked_sometimes(step.codes, *known, at)
         # (Diffrax drops the result of a step that is rejected.)
-        result = dfx.RESULTS.where(watch.is_sound, result, result_of(watch))
-        state = TwinState(pair, num_steps + 1, watch)
-        return scheme.readout(pair), error, dense_info, state, result
+        result = dfx.RESULTS.where(watch.is_sound, step.result, result_of(watch))
+        before = t0 if scheme.looks_back else None
+        state = ReversibleState(codes, num_steps + 1, watch, before)
+        return scheme.readout(codes), step.error, step.dense_info, state, result
 
 
 Reversible.__init__.__doc__ = """**Arguments:**
@@ -289,86 +259,12 @@ base of which a step of no length does not return its state.
 """
 
 
-def first_state(scheme: Scheme, t0: Time, y0: State) -> TwinState:
-    return TwinState(scheme.start(y0), jnp.zeros((), jnp.int32), begin(y0, t0))
+def first_state(scheme: AbstractScheme, t0: Time, y0: State) -> ReversibleState:
+    codes, zero = scheme.start(y0), jnp.zeros((), jnp.int32)
+    before = t0 if scheme.looks_back else None
+    return ReversibleState(codes, zero, begin(y0, t0), before)
 
 
 def result_of(watch: Watch) -> dfx.RESULTS:
     """Of a solve of which something else than soundness was seen."""
     return dfx.RESULTS.where(watch.state == APART, DIVERGED, NONFINITE)
-
-
-class Interpolated(eqx.Module):
-    """A value between the ends of a step, in the place of a pair at an end."""
-
-    y: State
-
-
-class ClosedInterpolation(TwinInterpolation):
-    """`TwinInterpolation` in a loop whose state is the pair."""
-
-    def evaluate(self, t0, t1=None, left: bool = True) -> Any:
-        return Interpolated(super().evaluate(t0, t1, left))
-
-
-class Progress(eqx.Module):
-    """How far a solve has come, in the adjoint's own loop."""
-
-    num_steps: Index
-    """How many steps were accepted, of this solve."""
-    watch: Watch
-
-
-class ClosedSolver(dfx.AbstractSolver):
-    """The same step for the adjoint's own loop, where terms and arguments are already
-    inside the increment and it is known whether error and dense output are wanted.
-
-    The loop's state is the pair, and the solver's a [`Progress`][].
-    """
-
-    scheme: Scheme
-    psi: Psi
-    schedule: AbstractSchedule
-    look_every: Any
-    """At every how many steps to look at the twins: a Python number, or an array."""
-    end: Time
-    """Of the last step."""
-    base_interpolation_cls: Callable[..., dfx.AbstractLocalInterpolation] = eqx.field(
-        static=True
-    )
-    known_error_order: Any
-
-    term_structure: ClassVar = dfx.AbstractTerm
-
-    @property
-    def interpolation_cls(self):
-        return TwinInterpolationFactory(
-            self.base_interpolation_cls, ClosedInterpolation
-        )
-
-    def error_order(self, terms):
-        return self.known_error_order
-
-    def init(self, terms, t0, t1, y0, args):
-        raise NotImplementedError  # Done before the loop begins.
-
-    def func(self, terms, t0, y0, args):
-        raise NotImplementedError  # Only asked for before the loop begins.
-
-    @eqx.filter_jit  # Traced once for all that Diffrax's loop traces it for.
-    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-        index = solver_state.num_steps
-        halvings = self.schedule.of_step(index, t0, t1)
-        pair, error, dense_info, result = pair_step(
-            self.scheme,
-            self.psi,
-            (t0, t1),
-            y0,
-            halvings,
-            error=self.psi.error,
-            dense=self.psi.dense,
-        )
-        seen = Seen(self.scheme, y0, pair, halvings, t1)
-        known = index, self.look_every, self.end
-        watch = look_sometimes(solver_state.watch, *known, seen)
-        return pair, error, dense_info, Progress(index + 1, watch), result

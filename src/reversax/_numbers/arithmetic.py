@@ -50,6 +50,10 @@ class AbstractArithmetic(eqx.Module):
         """Undoes `add` of the same increment, (A)."""
 
     @abc.abstractmethod
+    def reflect(self, code: Code, about: Code) -> Code:
+        """`2*about - code`, its own inverse."""
+
+    @abc.abstractmethod
     def halve_gap(self, y: Code, z: Code, halvings: Count) -> tuple[Code, Code]:
         """Moves both towards their mean until half the gap is left, so many times,
         (H)."""
@@ -102,6 +106,9 @@ class FloatingPoint(AbstractArithmetic):
 
     def subtract(self, code: Code, increment: State) -> Code:
         return jtu.tree_map(lambda x, d: x - d, code, increment)  # (A)
+
+    def reflect(self, code: Code, about: Code) -> Code:
+        return jtu.tree_map(lambda x, a: 2 * a - x, code, about)
 
     def halve_gap(self, y: Code, z: Code, halvings: Count) -> tuple[Code, Code]:
         share = lambda x: (1 - 1 / power_of_two(halvings, x.dtype)) / 2

@@ -242,6 +242,15 @@ class FixedPoint(AbstractArithmetic):
 
         return jtu.tree_map(leaf, code, increment, is_leaf=_is_number)
 
+    def reflect(self, code: Code, about: Code) -> Code:
+        def leaf(x, a):
+            to = _minus((a.high, a.low), (x.high, x.low))
+            distance = a.value - x.value
+            words = _plus((a.high, a.low), to)
+            return self._number(words, a.value + distance, a, distance)
+
+        return jtu.tree_map(leaf, code, about, is_leaf=_is_number)
+
     def halve_gap(self, y: Code, z: Code, halvings: Count) -> tuple[Code, Code]:
         def leaf(y, z):
             a, b = (y.high, y.low), (z.high, z.low)

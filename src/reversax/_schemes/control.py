@@ -71,36 +71,21 @@ def in_direction(control: Control, sign: Sign) -> Control:
     return jtu.tree_map(leaf, control, is_leaf=_is_increment)  # (R)
 
 
-class Half(NamedTuple):
-    """Half a step: where its increment leads from and to, the sign it comes with, and
-    its control. Or both halves, stacked; or the cotangents of some of this."""
+class Leg(NamedTuple):
+    """A part of a step that adds one increment: where it leads from and to, its
+    control, and what the increment is multiplied by. Or several, stacked; or the
+    cotangents of some of this."""
 
     start: Any
     end: Any
-    sign: Any
+    factor: Any
+    """-1 where the leg leads back to the start of the step, against the control."""
     control: Control
+    which: int = 0
+    """Which of the vector fields, if there are several."""
 
-    def signed(self, increment: PyTree[Array]) -> PyTree[Array]:
-        """`s Psi`."""
-        return _times(self.sign, increment)
-
-
-def halves_of(t0: Time, t1: Time, control: Control) -> Half:
-    """Both halves of the step from `t0` to `t1`, stacked."""
-    sign = np.array([1.0, -1.0], np.float32)
-    both = jtu.tree_map(lambda *x: jnp.stack(x), control, in_direction(control, -1))
-    return Half(jnp.stack([t0, t1]), jnp.stack([t1, t0]), sign, both)
-
-
-def of_step(ct: Half) -> tuple[Time | None, Time | None, Control]:
-    """The cotangents of a step's start, end and control from those of both halves,
-    stacked; `None` where there is none."""
-    start, end, _, control = ct
-    backward = in_direction(jtu.tree_map(lambda x: x[1], control), -1)
-    control = jtu.tree_map(lambda x, y: x[0] + y, control, backward)
-    if start is None or end is None:
-        return None, None, control
-    return start[0] + end[1], end[0] + start[1], control
+    def times_factor(self, increment: PyTree[Array]) -> PyTree[Array]:
+        return _times(self.factor, increment)
 
 
 def _unwrapped(term: dfx.AbstractTerm) -> tuple[dfx.AbstractTerm, Sign]:
@@ -164,19 +149,19 @@ def noise_is_additive(
 
 
 class StepTerm(WrapTerm):
-    """A term over half a step, of which it knows the control."""
+    """A term over a leg of a step, of which it knows the control."""
 
-    half: Half
+    leg: Leg
 
     def contr(self, t0, t1, *, use_levy: bool = False, **options) -> Any:
-        half = self.half
-        if t0 is half.start and t1 is half.end and not options:
-            control = half.control
+        leg = self.leg
+        if t0 is leg.start and t1 is leg.end and not options:
+            control = leg.control
         else:  # Of a part of the step, say.
-            start = jnp.where(half.sign > 0, t0, t1)
-            end = jnp.where(half.sign > 0, t1, t0)
+            start = jnp.where(leg.factor > 0, t0, t1)
+            end = jnp.where(leg.factor > 0, t1, t0)
             control = _control_of(self, start, end, **options)
-            control = in_direction(control, half.sign)
+            control = in_direction(control, leg.factor)
         if _is_increment(control) and not use_levy:
             return control.W
         return control
@@ -196,20 +181,20 @@ class _DriftOfSRK(StepTerm):
         return super().vf_prod(t, y, args, control * self.direction)
 
 
-def over_half(
-    solver: dfx.AbstractSolver, terms: PyTree[dfx.AbstractTerm], half: Half
+def over_leg(
+    solver: dfx.AbstractSolver, terms: PyTree[dfx.AbstractTerm], leg: Leg
 ) -> PyTree[dfx.AbstractTerm]:
-    """The terms as `solver` is to see them over half a step, of which `half.control`
+    """The terms as `solver` is to see them over a leg of a step, of which `leg.control`
     are the [`controls_of`][] all."""
     leaves, treedef = jtu.tree_flatten(terms, is_leaf=_is_single_term)
     of_srk = isinstance(solver, dfx.AbstractSRK)
-    controls = half.control
+    controls = leg.control
     if of_srk and flips_space_time_area():  # It will do so once more.
-        controls = [_with_area(c, half.sign) for c in controls]
+        controls = [_with_area(c, leg.factor) for c in controls]
     known = []
     for i, (term, control) in enumerate(zip(leaves, controls, strict=True)):
         cls = _DriftOfSRK if of_srk and i == 0 else StepTerm
-        known.append(cls(*_unwrapped(term), half._replace(control=control)))
+        known.append(cls(*_unwrapped(term), leg._replace(control=control)))
     return treedef.unflatten(known)
 
 

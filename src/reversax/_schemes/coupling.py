@@ -24,7 +24,7 @@ McCallum & Foster (arXiv 2410.11648, equation (4)) with `0 < lam <= 1`:
 import abc
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.core
@@ -37,7 +37,7 @@ from .._numbers.schedule import MOST, SELDOM, AbstractSchedule, Count, Index, Pe
 from .._xla.compat import unvmap_any
 
 
-class Pair(eqx.Module):
+class Pair(NamedTuple):
     """The twins of a reversible solver: two states of the same structure.
 
     `y` is the twin the step begins with in (F1), `z` the coupled one. Both are PyTrees

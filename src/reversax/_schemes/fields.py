@@ -19,20 +19,20 @@ from jaxtyping import Array, Int, PyTree
 
 from .._numbers.arithmetic import State
 from .._xla.isolation import Evaluation, Function, evaluate, evaluate_isolated
-from .control import Control, Half, Time
+from .control import Control, Leg, Time
 from .increment import AbstractIncrement, Advance, Core
 
 Axes = PyTree[int | None]
 
 _MAPPED: Any = eqx.if_array(0)
-_HALF_MAPPED: Any = Half(_MAPPED, _MAPPED, None, _MAPPED)  # One sign for all lanes.
+_LEG_MAPPED: Any = Leg(_MAPPED, _MAPPED, None, _MAPPED, None)
 
 
 class Lanes(NamedTuple):
     """The lanes of a batch that is evaluated together, as one of them sees them."""
 
     axes: tuple[Axes, Axes] | None = None
-    """As those of [`Psi`][]; `None` without lanes."""
+    """As those of [`Fields`][]; `None` without lanes."""
     axis_name: Hashable = None
     lane: Int[Array, ""] | None = None
     """Which one this is: what depends on it is surely batched."""
@@ -41,7 +41,7 @@ class Lanes(NamedTuple):
 NO_LANES = Lanes()
 
 
-class Psi(eqx.Module):
+class Fields(eqx.Module):
     """`Psi_{t1 - t0}(t0, .)`, its parameters in two pieces: what is differentiated and
     the rest, to be joined by `equinox.combine`."""
 
@@ -70,12 +70,12 @@ class Psi(eqx.Module):
         evaluation = self._of_lane("evaluate_control", t0, t1)
         return eqx.combine(evaluation.value, evaluation.other)
 
-    def core(self, half: Half, y: State, *, extends: bool) -> Core:
+    def core(self, leg: Leg, y: State, *, extends: bool) -> Core:
         """The core of an increment."""
         if not self.isolated:
             increment = eqx.combine(self.diff, self.nondiff)
-            return increment.core(half, y, extends=extends)
-        evaluation = self._of_lane("evaluate", half, y)
+            return increment.core(leg, y, extends=extends)
+        evaluation = self._of_lane("evaluate", leg, y)
         (increment, inexact), (other, result) = evaluation.value, evaluation.other
         return Core(increment, eqx.combine(inexact, other), result)
 
@@ -113,54 +113,54 @@ class Psi(eqx.Module):
             axes = (of_diff.contr, _MAPPED), (of_nondiff.contr, _MAPPED)
         return self._evaluate(fn, x, rest, axes, times[1] if self.isolated else None)
 
-    def evaluate(self, half: Half, y: State) -> Evaluation:
-        """The core of an increment and its pull-back to `(diff, half, y)`; `half` has
+    def evaluate(self, leg: Leg, y: State) -> Evaluation:
+        """The core of an increment and its pull-back to `(diff, leg, y)`; `leg` has
         cotangents of its times and of its control, if these are differentiated.
 
         The value is the pair of the increment and what dense output depends on.
         """
 
-        extends, lanes = self.error or self.dense, self._number_of_lanes(half)
+        extends, lanes = self.error or self.dense, self._number_of_lanes(leg)
 
         def fn(x, rest):
             (diff, varied, y), (nondiff, fixed) = x, rest
-            increment, half = eqx.combine(diff, nondiff), eqx.combine(varied, fixed)
-            core = increment.core(half, y, extends=extends, lanes=lanes)
+            increment, leg = eqx.combine(diff, nondiff), eqx.combine(varied, fixed)
+            core = increment.core(leg, y, extends=extends, lanes=lanes)
             inexact, other = eqx.partition(core.rest, eqx.is_inexact_array)
             if not self.dense:
                 inexact, other = None, core.rest
             return (core.increment, inexact), (other, core.result)
 
-        varied, fixed = self._varied(half)
+        varied, fixed = self.varied(leg)
         x, rest = (self.diff, varied, y), (self.nondiff, fixed)
-        axes = self._axes((_HALF_MAPPED, _MAPPED), (_HALF_MAPPED,))
-        run_time = jnp.asarray(half.end) if self.isolated else None
+        axes = self._axes((_LEG_MAPPED, _MAPPED), (_LEG_MAPPED,))
+        run_time = jnp.asarray(leg.end) if self.isolated else None
         return self._evaluate(fn, x, rest, axes, run_time)
 
-    def dense_info(self, half: Half, y: State, core: Evaluation) -> Evaluation:
-        """The base's `dense_info`, and its pull-back to `(diff, half, y)` and the value
+    def dense_info(self, leg: Leg, y: State, core: Evaluation) -> Evaluation:
+        """The base's `dense_info`, and its pull-back to `(diff, leg, y)` and the value
         of the core."""
 
         def fn(x, rest):
             (diff, varied, y, value), (nondiff, fixed, other) = x, rest
             core = Core(value[0], eqx.combine(value[1], other[0]), other[1])
-            increment, half = eqx.combine(diff, nondiff), eqx.combine(varied, fixed)
-            advance = increment.extend(half, y, core, error=False, dense=True)
+            increment, leg = eqx.combine(diff, nondiff), eqx.combine(varied, fixed)
+            advance = increment.extend(leg, y, core, error=False, dense=True)
             return eqx.partition(advance.dense_info, eqx.is_inexact_array)
 
-        varied, fixed = self._varied(half)
+        varied, fixed = self.varied(leg)
         x, rest = (self.diff, varied, y, core.value), (self.nondiff, fixed, core.other)
-        of_x, of_rest = (_HALF_MAPPED, _MAPPED, _MAPPED), (_HALF_MAPPED, _MAPPED)
+        of_x, of_rest = (_LEG_MAPPED, _MAPPED, _MAPPED), (_LEG_MAPPED, _MAPPED)
         return self._evaluate(fn, x, rest, self._axes(of_x, of_rest), None)
 
-    def _number_of_lanes(self, half: Half) -> int:
-        return 1 if self.axes is None else jnp.shape(half.start)[0]
+    def _number_of_lanes(self, leg: Leg) -> int:
+        return 1 if self.axes is None else jnp.shape(leg.start)[0]
 
-    def _varied(self, half: Half) -> tuple[Half, Half]:
-        """A half as differentiated, and as not."""
+    def varied(self, leg: Leg) -> tuple[Leg, Leg]:
+        """A leg as differentiated, and as not."""
         varies = lambda x: self.pulls_control and eqx.is_inexact_array(x)
-        of_control = jtu.tree_map(varies, half.control)
-        return eqx.partition(half, Half(self.times, self.times, False, of_control))
+        of_control = jtu.tree_map(varies, leg.control)
+        return eqx.partition(leg, Leg(self.times, self.times, False, of_control, False))
 
     def _axes(self, of_x: tuple, of_rest: tuple) -> tuple:
         """The axes of `(diff, *x)` and `(nondiff, *rest)`."""
@@ -201,11 +201,11 @@ class Psi(eqx.Module):
         flat, treedef = jtu.tree_flatten(arrays)
         noted: list = []
 
-        def run(psi_axes, flat):
+        def run(axes, flat):
             diff, nondiff, args = eqx.combine(treedef.unflatten(flat), static)
             options = (self.isolated, self.error, self.dense, self.times)
-            psi = Psi(diff, nondiff, psi_axes, self.axis_name, *options)
-            evaluation = getattr(psi, method)(*args)._replace(pull=None)
+            fields = Fields(diff, nondiff, axes, self.axis_name, *options)
+            evaluation = getattr(fields, method)(*args)._replace(pull=None)
             arrays, others = eqx.partition(evaluation, eqx.is_array)
             noted.append(others)
             return arrays
@@ -225,7 +225,7 @@ class Psi(eqx.Module):
 
 def _axes_of(x: PyTree[Array]) -> Axes:
     axes = jtu.tree_map(lambda _: 0, x)
-    return axes._replace(sign=None) if isinstance(x, Half) else axes
+    return axes._replace(factor=None) if isinstance(x, Leg) else axes
 
 
 def _in_each(size: int, x: Array, axis: int | None, batched: bool) -> Array:

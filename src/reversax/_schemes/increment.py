@@ -42,7 +42,7 @@ from .._numbers.arithmetic import State, scaled
 from .._xla.closure import Closed, closed
 from .._xla.isolation import equations_of, written_out
 from .._xla.one_kernel import keeps_out_of_kernels
-from .control import Control, Half, Time, controls_of, over_half
+from .control import Control, Leg, Time, controls_of, over_leg
 from .problem import is_of_diffrax
 
 
@@ -81,8 +81,8 @@ class AbstractIncrement(eqx.Module):
     """Whether a step of no length might not return its state, for all that is known."""
 
     @abc.abstractmethod
-    def core(self, half: Half, y: State, *, extends: bool, lanes: int = 1) -> Core:
-        """Evaluates `Psi_{t1 - t0}(t0, y)`, over half a step from `t0` to `t1`, in
+    def core(self, leg: Leg, y: State, *, extends: bool, lanes: int = 1) -> Core:
+        """Evaluates `Psi_{t1 - t0}(t0, y)`, over a leg from `t0` to `t1`, in
         either direction.
 
         `extends` says whether the error estimate or dense output may be asked for, and
@@ -91,18 +91,18 @@ class AbstractIncrement(eqx.Module):
 
     @abc.abstractmethod
     def extend(
-        self, half: Half, y: State, core: Core, *, error: bool, dense: bool
+        self, leg: Leg, y: State, core: Core, *, error: bool, dense: bool
     ) -> Advance:
         """Adds the error estimate and the dense output, as asked for."""
 
-    def __call__(self, half: Half, y: State, *, error: bool, dense: bool) -> Advance:
-        core = self.core(half, y, extends=error or dense)
-        return self.extend(half, y, core, error=error, dense=dense)
+    def __call__(self, leg: Leg, y: State, *, error: bool, dense: bool) -> Advance:
+        core = self.core(leg, y, extends=error or dense)
+        return self.extend(leg, y, core, error=error, dense=dense)
 
     def of_no_length(self, t: Time, y: State) -> State:
         """`Psi` of a step of no length, which should be zero."""
-        half = Half(t, t, np.float32(1), self.contr(t, t))
-        return self.core(half, y, extends=False).increment
+        leg = Leg(t, t, np.float32(1), self.contr(t, t))
+        return self.core(leg, y, extends=False).increment
 
     @abc.abstractmethod
     def close(self, t: Time, y: State) -> "AbstractIncrement":
@@ -178,7 +178,7 @@ def _add(y: State, increment: State) -> State:
     return jtu.tree_map(lambda a, b: a + b, y, increment)
 
 
-def _check_like_state(k: State, y: State) -> None:
+def check_like_state(k: State, y: State) -> None:
     # Leaf by leaf: a user's own tree need not know when it equals another.
     describe = lambda tree: [
         f"{jtu.keystr(path) or 'y'}: {jnp.result_type(x)}{list(jnp.shape(x))}"
@@ -215,12 +215,12 @@ class TableauIncrement(AbstractIncrement):
         self,
         ks: dict[int, State],
         needed: frozenset[int],
-        half: Half,
+        leg: Leg,
         y: State,
         lanes: int = 1,
     ) -> None:
         """Evaluates those of the needed stages that are not yet in `ks`."""
-        t0, t1 = half.start, half.end
+        t0, t1 = leg.start, leg.end
         for i in sorted(needed - ks.keys()):
             stage_weights = self.tableau.a[i]
             y_i = y
@@ -233,18 +233,18 @@ class TableauIncrement(AbstractIncrement):
             t_i = t1 if c == 1 else (t0 if c == 0 else t0 + c * (t1 - t0))
             if i > 0 and self.writes_stages(y, lanes):
                 y_i = written_out(y_i, jnp.asarray(t1))
-            ks[i] = self.vf_prod(t_i, y_i, half.control)  # (RK2)
-            _check_like_state(ks[i], y)
+            ks[i] = self.vf_prod(t_i, y_i, leg.control)  # (RK2)
+            check_like_state(ks[i], y)
 
-    def core(self, half: Half, y: State, *, extends: bool, lanes: int = 1) -> Core:
+    def core(self, leg: Leg, y: State, *, extends: bool, lanes: int = 1) -> Core:
         ks: dict[int, State] = {}
         needed = self.tableau.stages_behind(self.tableau.b)
-        self._add_stages(ks, needed, half, y, lanes)
+        self._add_stages(ks, needed, leg, y, lanes)
         increment = _weighted_sum(self.tableau.b, ks)  # (RK3)
         return Core(increment, ks if extends else {}, None)
 
     def extend(
-        self, half: Half, y: State, core: Core, *, error: bool, dense: bool
+        self, leg: Leg, y: State, core: Core, *, error: bool, dense: bool
     ) -> Advance:
         tableau, ks = self.tableau, dict(core.rest)
         with_stages = dense and self.keeps_stages
@@ -252,7 +252,7 @@ class TableauIncrement(AbstractIncrement):
             tableau.e if error else None,
             (1.0,) * len(tableau.b) if with_stages else None,
         )
-        self._add_stages(ks, needed, half, y)
+        self._add_stages(ks, needed, leg, y)
         estimate = None
         if error and tableau.e is not None:
             estimate = _weighted_sum(tableau.e, ks)  # (RK4)
@@ -297,15 +297,15 @@ class StepIncrement(AbstractIncrement):
     step: Callable
     may_move: bool = eqx.field(static=True)
 
-    def core(self, half: Half, y: State, *, extends: bool, lanes: int = 1) -> Core:
-        y1, estimate, dense_info, result = self.step(half, y)
+    def core(self, leg: Leg, y: State, *, extends: bool, lanes: int = 1) -> Core:
+        y1, estimate, dense_info, result = self.step(leg, y)
         increment = jtu.tree_map(lambda a, b: a - b, y1, y)  # (S)
         if not extends:
             estimate, dense_info = None, None
         return Core(increment, (estimate, dense_info), result)
 
     def extend(
-        self, half: Half, y: State, core: Core, *, error: bool, dense: bool
+        self, leg: Leg, y: State, core: Core, *, error: bool, dense: bool
     ) -> Advance:
         estimate, dense_info = core.rest
         return Advance(
@@ -317,8 +317,8 @@ class StepIncrement(AbstractIncrement):
     def close(self, t: Time, y: State) -> "StepIncrement":
         contr = closed(self.contr, t, t)
         control = eqx.filter_eval_shape(self.contr, t, t)
-        half = Half(t, t, np.float32(1), control)
-        step = closed(self.step, half, y)
+        leg = Leg(t, t, np.float32(1), control)
+        step = closed(self.step, leg, y)
         return StepIncrement(contr=contr, step=step, may_move=self.may_move)
 
 
@@ -335,9 +335,9 @@ def make_increment(
             keeps_stages=type(solver) is not dfx.Euler,
         )
 
-    def step(half, y):
-        known = over_half(solver, terms, half)
-        t0, t1 = half.start, half.end
+    def step(leg, y):
+        known = over_leg(solver, terms, leg)
+        t0, t1 = leg.start, leg.end
         solver_state = solver.init(known, t0, t1, y, args)
         y1, estimate, dense_info, _, result = solver.step(
             known, t0, t1, y, args, solver_state, False

@@ -19,299 +19,268 @@ trips, compiled once.
 
 (McCallum & Foster, arXiv 2410.11648, equations (4) and (5), with their coupling.) All
 of these act on codes of states (`arithmetic.py`), the increments on states.
-
-The increments do not quite cancel: their sum is what the step adds to the gap `y - z`,
-
-    (E)    e = Psi_{h}(t0, z) + Psi_{-h}(t1, y1)
-
-which is of order `h**(k + 1)` for a base of odd order `k`, `h**(k + 2)` for even, and
-`h J (y - z)` where the twins are already apart, with `J` the Jacobian of the field. A
-controller is told of it and of the base's own estimate `u`, with `b` the halvings of
-this step,
-
-    (U)    |u| + 5/2 * sqrt(|u|*|e|) + 2**-b * |e|
-
-where the geometric mean counts most. On a smooth solution both are of one size, and (E)
-sees errors of which `u` knows nothing; where steps are about as long as stability
-allows, (E) is up to `exp(h*|J|)` times `u`, and as a plain sum it would have steps
-rejected at every turn; and where `u` is blind to a gap that widens, because few
-halvings are made, the last term has it.
-
-Between the ends of a step, `theta` running from 0 to 1, the solution is the base's own
-interpolant `u` of its step from `z` plus the linear change of the difference between
-the readout `r` and `u`:
-
-    (D)    r(theta) = u(theta) + (1 - theta) (r0 - u(0)) + theta (r1 - u(1)).
-
-It meets both end values. Since `r - u` is the gap between two solutions of the base's
-order, (D) has the order of the base's interpolation.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import diffrax as dfx
 import equinox as eqx
 import jax
-import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, PyTree, UInt32
 
-from .._numbers.arithmetic import AbstractArithmetic, FloatingPoint, State, power_of_two
-from .._numbers.schedule import Count
-from .control import Half, Time
-from .coupling import AbstractCoupling, Pair
-from .increment import Core
+from .._numbers.arithmetic import (
+    AbstractArithmetic,
+    FloatingPoint,
+    State,
+)
+from .._numbers.schedule import MOST, SELDOM, AbstractSchedule, Count, Index
+from .control import Control, Leg, in_direction
+from .coupling import AbstractCoupling, Pair, Symmetric
+from .error_estimate import error_estimate
+from .fields import Fields
+from .increment import AbstractIncrement, Core
+from .interpolation import StepEnds, dense_info
+from .moves import (
+    AbstractMove,
+    Add,
+    Codes,
+    Context,
+    Cotangents,
+    Moves,
+    Otherwise,
+    Repeated,
+    Swap,
+    Trail,
+    add_some,
+    row,
+)
+from .scheme import (
+    AbstractScheme,
+    CotangentsOfDense,
+    Dense,
+    Lost,
+    Span,
+    Step,
+    Values,
+)
 
 
-class Scheme(eqx.Module):
-    """A coupling in an arithmetic: all of a reversible step but its increment."""
+def legs_of(span: Span, control: Control) -> Leg:
+    """Those of (F1) and (F2), stacked."""
+    t0, t1 = span.start, span.end
+    sign = np.array([1.0, -1.0], np.float32)
+    both = jtu.tree_map(lambda *x: jnp.stack(x), control, in_direction(control, -1))
+    return Leg(jnp.stack([t0, t1]), jnp.stack([t1, t0]), sign, both)
+
+
+class Mix(AbstractMove):
+    """(C)."""
+
+    coupling: AbstractCoupling
+    lost: Lost
+
+    def take(self, context: Context, codes: Codes):
+        mix = self.coupling.mix
+        return tuple(mix(context.arithmetic, Pair(*codes), self.lost.number)), None
+
+    def undo(self, context: Context, codes: Codes):
+        def unmix(lane, codes, lost):
+            bits = lambda: lane.shed_bits(lost)
+            known = context.arithmetic, Pair(*codes), lost.number
+            return tuple(self.coupling.unmix(*known, bits))  # (BC)
+
+        return context.each(unmix, codes, self.lost), None
+
+    def pull(self, context: Context, met, ct: Cotangents, ct_met=None):
+        def pull(_, ct, lost):  # (TC)
+            mix = lambda pair: self.coupling.mix(FloatingPoint(), pair, lost.number)
+            return tuple(jax.vjp(mix, Pair(*ct))[1](Pair(*ct))[0])
+
+        return ct._replace(parts=context.each(pull, ct.parts, self.lost)), None
+
+
+class Twins(AbstractScheme):
+    """Two states, each advanced by increments that start from the other."""
 
     coupling: AbstractCoupling
     arithmetic: AbstractArithmetic
+    interpolation_cls: Callable[..., dfx.AbstractLocalInterpolation] = eqx.field(
+        static=True
+    )
+    estimates_error: ClassVar[bool] = True
+
+    # The parts of a state.
+
+    def start(self, y0: State) -> Codes:
+        """Both twins at `y0`."""
+        code = self.arithmetic.encode(y0)
+        return code, code
+
+    def read(self, values: Values) -> State:
+        return self.coupling.readout(Pair(*values))
+
+    def rebase(self, codes: Codes, y0: State) -> Codes:
+        """Moves both twins alike: as `BacksolveAdjoint` needs it, say, between two
+        saved times."""
+        shift = jtu.tree_map(lambda a, b: a - b, y0, self.readout(codes))
+        return tuple(self.arithmetic.add(code, shift) for code in codes)
+
+    def difference(self, a: Codes, b: Codes) -> Pair:
+        return Pair(*super().difference(a, b))
+
+    # A step.
+
+    def moves(self, span: Span, control: Control, lost: Lost) -> Moves:
+        half = Add(legs_of(span, control), into=0, reads=1), Swap()
+        return Mix(self.coupling, lost), Repeated(half)
+
+    def step(
+        self,
+        fields: Fields | AbstractIncrement,
+        span: Span,
+        codes: Codes,
+        bits: Count,
+        *,
+        error: bool,
+        dense: bool,
+    ) -> Step:
+        mix, halves = self.moves(span, fields.contr(*span[:2]), Lost(bits, 0))
+        context = Context(self.arithmetic, fields, extends=error or dense)
+        mixed, _ = mix.take(context, codes)
+        codes1, (cores, _) = halves.take(context, mixed)
+        ahead, z = row(cores, 0), self.arithmetic.decode(mixed[1])
+        first = row(halves.leg[0], 0)
+        advance = fields.extend(first, z, ahead, error=error, dense=dense)
+        readouts = self.readout(codes), self.readout(codes1)
+        ends = StepEnds(*readouts, z, ahead.increment, advance.dense_info)
+        estimate = None
+        if error:
+            estimate = self._estimate(cores.increment, advance.error, bits, readouts[1])
+        result = _result_of(ahead, row(cores, 1))
+        return Step(codes1, estimate, dense_info(ends), result)
+
+    def _estimate(
+        self, increments: State, error: State | None, bits: Count, readout1: State
+    ) -> State:
+        watches_gap = self.coupling.watches_gap
+        estimate = error_estimate(increments, error, bits, watches_gap)
+        if not self.arithmetic.exact:
+            return estimate
+        # A controller that adapts rejects such a step.
+        lost = lambda e, y: jnp.where(jnp.isnan(y), jnp.inf, e)
+        return jtu.tree_map(lost, estimate, readout1)
+
+    def dense(self, context: Context, moves: Moves, trail: Trail) -> Dense:
+        (codes0, mixed, codes1), (_, (evaluations, _)) = trail
+        first, z = row(evaluations, 0), self.arithmetic.decode(mixed[1])
+        leg = row(moves[1].leg[0], 0)
+        base = context.fields.dense_info(leg, z, first)
+        readout = lambda _, codes: self.readout(codes)
+        ends = StepEnds(
+            context.each(readout, codes0),
+            context.each(readout, codes1),
+            z,
+            first.value[0],
+            eqx.combine(base.value, base.other),
+        )
+
+        def pull(ct_info):
+            return self._pull_dense(context, ends, ct_info, trail, base.pull)
+
+        return Dense(dense_info(ends), pull)
+
+    def _pull_dense(
+        self, context: Context, ends: StepEnds, ct_info, trail: Trail, pull_base
+    ) -> CotangentsOfDense:
+        inexact = lambda tree: eqx.filter(tree, eqx.is_inexact_array)
+        _, pull_ends = eqx.filter_vjp(lambda e: inexact(dense_info(e)), ends)
+        ct_ends = inexact(pull_ends(ct_info)[0])
+        ct_p, ct_leg, ct_z, ct_value = pull_base(ct_ends.base_dense_info)[0]
+        ct_increment, ct_rest = ct_value
+        ct_value = add_some(ct_increment, ct_ends.increment), ct_rest
+        # Of the first of the halves alone.
+        stacked = lambda x: jnp.stack([x, jnp.zeros_like(x)])
+        ct_values, ct_legs = jtu.tree_map(stacked, (ct_value, ct_leg))
+        pull_readout = lambda _, ct, codes: self.pull_readout(ct, codes)
+        ct_parts = [
+            context.each(pull_readout, ct_ends.readout0, trail.codes[0]),
+            (None, add_some(ct_z, ct_ends.z)),
+            context.each(pull_readout, ct_ends.readout1, trail.codes[2]),
+        ]
+        otherwise = Otherwise(ct_parts, [None, [ct_values, None]])
+        return CotangentsOfDense(otherwise, ct_p, [None, [ct_legs, None]])
+
+    def empty_dense_info(self, y0: State) -> dict[str, Any]:
+        zeros = jtu.tree_map(jnp.zeros_like, y0)
+        return dict(base_dense_info=None, gap0=zeros, gap1=zeros)
+
+    # What a step loses.
 
     @property
     def sheds(self) -> bool:
-        """Whether halvings shed a bit of each element of the state."""
         return self.coupling.halves and self.arithmetic.exact
 
-    def decode(self, pair: Pair) -> Pair:
-        """The twins' states; or the cotangents of these, from those of a pair."""
-        return Pair(self.arithmetic.decode(pair.y), self.arithmetic.decode(pair.z))
+    @property
+    def bits_per_step(self) -> str:
+        number = getattr(self.coupling, "halvings_per_step", 0)
+        return f"at least 1/{SELDOM}" if isinstance(number, str) else f"{number:g}"
 
-    def cotangent(self, pair: Pair, ct: Pair) -> Pair:
-        """Undoes `decode` of cotangents, for those of `pair`."""
-        arithmetic = self.arithmetic
-        return Pair(
-            arithmetic.cotangent(pair.y, ct.y), arithmetic.cotangent(pair.z, ct.z)
+    def schedule(self, start: Index, chosen: AbstractSchedule) -> AbstractSchedule:
+        return self.coupling.schedule(start, chosen)
+
+    def shed_bits(self, codes: Codes, bits: Count) -> PyTree[UInt32[Array, "..."]]:
+        return self.arithmetic.shed_bits(*codes, bits)
+
+    @property
+    def amplification(self) -> float | None:
+        return self.coupling.amplification
+
+    # Whether a result can be trusted.
+
+    def mean(self, codes: Codes) -> State:
+        """Also where the solution is one of the twins."""
+        return jtu.tree_map(lambda y, z: (y + z) / 2, *self.decode(codes))
+
+    def reached(self, codes: Codes) -> State:
+        return self.arithmetic.decode(codes[1])
+
+    def gap(self, codes: Codes) -> State:
+        return jtu.tree_map(lambda y, z: y - z, *self.decode(codes))
+
+    def unwatched(self, codes: Codes) -> State | None:
+        return None if self.coupling.watches_gap else self.gap(codes)
+
+    def driven_apart(self, needed: float, adaptive: bool) -> str:
+        symmetric = isinstance(self.coupling, Symmetric)
+        return _driven_apart(symmetric, needed, adaptive)
+
+
+def _driven_apart(symmetric: bool, needed: float, adaptive: bool) -> str:
+    what = "damping drove the twins apart, so that the solution is not to be used"
+    if not symmetric:
+        return f"Use `coupling=reversax.Symmetric()`, the default: {what}."
+    if not needed > 0 or np.isinf(needed):
+        return f"Take smaller steps: {what}."
+    if needed <= MOST:
+        number = max(1, int(np.ceil(needed - 0.1)))
+        return (
+            f"Use `reversax.Symmetric(halvings_per_step={number})`: {what}. "
+            f"{needed:.2g} halvings a step would have kept them together."
         )
-
-    def readout(self, pair: Pair) -> State:
-        return self.coupling.readout(self.decode(pair))
-
-    def mix(self, pair: Pair, halvings: Count) -> Pair:
-        return self.coupling.mix(self.arithmetic, pair, halvings)  # (C)
-
-    def unmix(self, pair: Pair, halvings: Count, shed_bits: Callable[[], Any]) -> Pair:
-        return self.coupling.unmix(self.arithmetic, pair, halvings, shed_bits)  # (BC)
-
-    def mix_states(self, pair: Pair, halvings: Count) -> Pair:
-        """(C) on decoded states; linear."""
-        return self.coupling.mix(FloatingPoint(), pair, halvings)
-
-    def difference(self, a: Pair, b: Pair) -> Pair:
-        """`a - b`, decoded."""
-        difference = self.arithmetic.difference
-        return Pair(difference(a.y, b.y), difference(a.z, b.z))
-
-    def gap(self, pair: Pair) -> State:
-        """`y - z`, decoded twin by twin."""
-        twins = self.decode(pair)
-        return jtu.tree_map(lambda y, z: y - z, twins.y, twins.z)
-
-    def is_finite(self, pair: Pair) -> Bool[Array, ""]:
-        """Whether all of the twins is."""
-        leaves = [jnp.isfinite(x).all() for x in jtu.tree_leaves(self.decode(pair))]
-        return jnp.stack([jnp.array(True), *leaves]).all()
-
-    def outgrown(self, pair: Pair) -> Bool[Array, ""]:
-        """Whether a twin was lost because it became too large."""
-        return self.arithmetic.outgrown((pair.y, pair.z))
-
-    def start(self, y0: State) -> Pair:
-        """Both twins at `y0`."""
-        code = self.arithmetic.encode(y0)
-        return Pair(code, code)
-
-    def rebase(self, pair: Pair, y0: State) -> Pair:
-        """Moves both twins by what separates the readout from `y0`: usually nothing.
-
-        Whoever drives the solver may hand it another `y0` than it returned (as
-        `BacksolveAdjoint` does between two saved times); the twins then move along.
-        """
-        shift = jtu.tree_map(lambda a, b: a - b, y0, self.readout(pair))
-        add = self.arithmetic.add
-        return Pair(add(pair.y, shift), add(pair.z, shift))
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray)
-
-
-def through_halves(
-    fn: Callable[[Any, Any], tuple[Any, Any]],
-    carry: PyTree[Array],
-    halves: PyTree[Array],
-    *,
-    reverse: bool = False,
-    unroll: bool = False,
-) -> tuple[PyTree[Array], PyTree[Any]]:
-    """`jax.lax.scan` over the two halves of a step, but `fn` may be given, and return,
-    what is no array, if it is the same for both."""
-    noted: list = []
-    halves, static = eqx.partition(halves, _is_array)
-
-    def body(carry, half):
-        carry, out = fn(carry, eqx.combine(half, static))
-        arrays, others = eqx.partition(out, eqx.is_array)
-        noted.append(others)
-        return carry, arrays
-
-    carry, out = lax.scan(body, carry, halves, reverse=reverse, unroll=2 * unroll or 1)
-    return carry, eqx.combine(out, noted[-1])
-
-
-def half_of(stacked: PyTree, i: int) -> PyTree:
-    """Of what both halves gave, stacked, that of (F1), 0, or of (F2), 1."""
-    return jtu.tree_map(lambda x: x[i] if eqx.is_array(x) else x, stacked)
-
-
-class Step(NamedTuple):
-    """A reversible step: the pair at its end, and what was met on the way."""
-
-    pair1: Pair
-    z: State
-    """The decoded twin that the forward increment started from."""
-    core: Core
-    """Of the increments of both halves, stacked."""
-
-
-def take_step(
-    scheme: Scheme,
-    pair0: Pair,
-    halvings: Count,
-    halves: Half,
-    core: Callable[[Half, State], Core],
-) -> Step:
-    """(C), (F1), (F2): `core(half, .)` is the increment over one of the `halves`."""
-    arithmetic = scheme.arithmetic
-    mixed = scheme.mix(pair0, halvings)  # (C)
-
-    def take_half(twins, half: Half):
-        a, b = twins
-        out = core(half, arithmetic.decode(a))
-        return (arithmetic.add(b, half.signed(out.increment)), a), out  # (F1, F2)
-
-    (z1, y1), out = through_halves(take_half, (mixed.z, mixed.y), halves)
-    return Step(Pair(y1, z1), arithmetic.decode(mixed.z), out)
-
-
-def undo_step(
-    scheme: Scheme,
-    pair1: Pair,
-    halves: Half,
-    core: Callable[[Half, State, Any], tuple[State, Any, Any]],
-    extra: PyTree[Array],
-    *,
-    unroll: bool,
-) -> tuple[Pair, PyTree[Array], PyTree[Any]]:
-    """(B2), (B1): the mixed pair, which `take_step` had after (C).
-
-    `core(half, a, extra)` returns the increment of a half from the twin `a`, `extra` as
-    it is to be handed to the other half, and anything else. The last `extra`, and what
-    else both halves returned, stacked, are returned with the pair.
-    """
-    arithmetic = scheme.arithmetic
-
-    def undo_half(carry, half: Half):
-        (b, a), extra = carry
-        increment, extra, out = core(half, arithmetic.decode(a), extra)
-        b = arithmetic.subtract(b, half.signed(increment))  # (B2, B1)
-        return ((a, b), extra), out
-
-    carry = (pair1.z, pair1.y), extra
-    ((z, y), extra), out = through_halves(
-        undo_half, carry, halves, reverse=True, unroll=unroll
+    most = f"`reversax.Symmetric(halvings_per_step={MOST})`"
+    if adaptive:
+        return f"Use {most}, and a smaller tolerance: {what}."
+    return (
+        f"Take steps of at most {MOST / needed:.2g} of their length with {most}: "
+        f"{what}."
     )
-    return Pair(y, z), extra, out
 
 
-def error_estimate(
-    increments: State, error: State | None, halvings: Count, watches_gap: bool
-) -> State:
-    """What a controller should keep small: the base's estimate and (E), or one of them.
-
-    `increments` are those of both halves, stacked, `error` the base's estimate.
-
-    (E) is there if the coupling watches the gap or the base has no estimate. The gap
-    between the twins grows by (E) in this step. On a damped problem that is mostly the
-    parasitic mode, which the base's own estimate cannot see.
-    """
-    gap = jtu.tree_map(lambda x: jnp.abs(x[0] + x[1]), increments)  # (E)
-    if error is None:
-        return gap
-    error = jtu.tree_map(lambda e, g: jnp.abs(e).astype(g.dtype), error, gap)
-    if not watches_gap:
-        return error
-
-    def both(u, e):
-        # Of the square roots, whose product cannot underflow. At zero their derivative
-        # is not finite, and no controller has one with respect to its error.
-        mean = lax.stop_gradient(jnp.sqrt(u) * jnp.sqrt(e))
-        return u + 2.5 * mean + e / power_of_two(halvings, e.dtype)  # (U)
-
-    return jtu.tree_map(both, error, gap)
-
-
-class StepEnds(NamedTuple):
-    """The values that dense output of a step is made from."""
-
-    readout0: State
-    readout1: State
-    z: State
-    increment: State
-    base_dense_info: PyTree[Array]
-
-
-def dense_info(ends: StepEnds) -> dict[str, Any]:
-    """The `dense_info` of a step, for [`TwinInterpolation`][]."""
-    difference = lambda a, b: jtu.tree_map(lambda x, y: x - y, a, b)
-    gap0 = difference(ends.readout0, ends.z)
-    gap1 = difference(difference(ends.readout1, ends.z), ends.increment)
-    return dict(base_dense_info=ends.base_dense_info, gap0=gap0, gap1=gap1)
-
-
-class TwinInterpolation(dfx.AbstractLocalInterpolation):
-    """(D) on one step. `base_cls` is the base's own interpolation."""
-
-    t0: Time
-    t1: Time
-    base: dfx.AbstractLocalInterpolation | None
-    gap0: State
-    gap1: State
-
-    def __init__(self, *, base_cls, t0, t1, base_dense_info, gap0, gap1):
-        self.t0 = t0
-        self.t1 = t1
-        self.base = None
-        if base_dense_info is not None:
-            self.base = base_cls(t0=t0, t1=t1, **base_dense_info)
-        self.gap0 = gap0
-        self.gap1 = gap1
-
-    def evaluate(self, t0, t1=None, left: bool = True) -> State:
-        if t1 is not None:
-            at_t0, at_t1 = self.evaluate(t0, left=left), self.evaluate(t1, left=left)
-            return jtu.tree_map(lambda a, b: b - a, at_t0, at_t1)
-        assert self.base is not None
-        length = self.t1 - self.t0
-        # A step of no length has gap0 == gap1 == r - u.
-        theta = (t0 - self.t0) / jnp.where(length == 0, 1, length)
-        u = self.base.evaluate(t0, left=left)
-        mix = lambda u, a, b: u + ((1 - theta) * a + theta * b).astype(a.dtype)
-        return jtu.tree_map(mix, u, self.gap0, self.gap1)  # (D)
-
-
-class TwinInterpolationFactory(eqx.Module):
-    """`TwinInterpolation` over one base interpolation: an `interpolation_cls`.
-
-    A module rather than a `functools.partial`, so that two of them compare equal.
-    """
-
-    base_cls: Callable[..., dfx.AbstractLocalInterpolation] = eqx.field(static=True)
-    cls: type[TwinInterpolation] = eqx.field(static=True, default=TwinInterpolation)
-
-    def __call__(self, **kwargs) -> TwinInterpolation:
-        return self.cls(base_cls=self.base_cls, **kwargs)
+def _result_of(ahead: Core, behind: Core) -> dfx.RESULTS:
+    if ahead.result is None or behind.result is None:
+        return dfx.RESULTS.successful
+    return dfx.RESULTS.where(dfx.is_okay(ahead.result), behind.result, ahead.result)

@@ -37,8 +37,8 @@ from .._numbers.arithmetic import State
 from .._numbers.schedule import Count, Index, divided
 from .._xla.compat import unvmap_any
 from .control import Time
-from .coupling import Pair
-from .twins import Scheme
+from .moves import Codes
+from .scheme import AbstractScheme
 
 Scale = PyTree[Float[Array, ""]]
 
@@ -95,7 +95,7 @@ class Watch(eqx.Module):
 
     @property
     def needed(self) -> Float[Array, ""]:
-        """How many halvings a step would have kept the twins together, (N)."""
+        """How many bits a step would have kept the gap small, (N)."""
         return self.numbers[3]
 
     @property
@@ -112,12 +112,12 @@ class Watch(eqx.Module):
 
 
 class Seen(NamedTuple):
-    """A step to look at, which makes so many halvings and ends at `t1`."""
+    """A step to look at, which loses so many bits and ends at `t1`."""
 
-    scheme: Scheme
-    pair0: Pair
-    pair1: Pair
-    halvings: Count
+    scheme: AbstractScheme
+    codes0: Codes
+    codes1: Codes
+    bits: Count
     t1: Time
 
 
@@ -135,24 +135,22 @@ def _together(numbers: Sequence[Any], dtype: Any) -> Float[Array, " numbers"]:
 def look(watch: Watch, seen: Seen) -> Watch:
     """The watch after a step."""
     dtype = watch.numbers.dtype
-    scheme, pair0, pair1 = lax.stop_gradient((seen.scheme, seen.pair0, seen.pair1))
-    twins = scheme.decode(pair1)
-    # Of what the coupling drives, also where the solution is one of the twins.
-    mean = jtu.tree_map(lambda y, z: (y + z) / 2, twins.y, twins.z)
-    now = jtu.tree_leaves(largest(mean))
+    scheme, codes0, codes1 = lax.stop_gradient((seen.scheme, seen.codes0, seen.codes1))
+    now = jtu.tree_leaves(largest(scheme.mean(codes1)))
     if not now:
         return watch
     sizes = jnp.maximum(watch.sizes, _together(now, dtype))
-    gaps, before = (
-        _together(jtu.tree_leaves(largest(scheme.gap(x))), dtype)
-        for x in (pair1, pair0)
-    )
+    gap0, gap1 = scheme.gap(codes0), scheme.gap(codes1)
+    if gap0 is None or gap1 is None:
+        # Nothing to compare with; but what is no number is seen.
+        gap0, gap1 = jtu.tree_map(lambda x: 0 * x, (now, now))
+    gaps, before = (_together(jtu.tree_leaves(largest(x)), dtype) for x in (gap1, gap0))
     # Each in the precision of its leaf, which says what round-off is.
     narrow = [s.astype(x.dtype) for s, x in zip(sizes, now, strict=True)]
     against = _together(not_too_small(narrow), dtype)
     ratio = jnp.max(gaps / jnp.where(against == 0, 1, against))  # (W)
-    halvings = jnp.asarray(seen.halvings).astype(dtype)
-    needed = halvings + jnp.log2(jnp.max(gaps) / jnp.max(before))  # (N)
+    bits = jnp.asarray(seen.bits).astype(dtype)
+    needed = bits + jnp.log2(jnp.max(gaps) / jnp.max(before))  # (N)
     needed = jnp.where(jnp.isfinite(needed), needed, watch.needed)
     apart = jnp.isfinite(ratio) | (watch.ratio > _SUSPECT)
     state = jnp.where(apart, APART, LOST)

@@ -1,10 +1,10 @@
 """The certificate of a backward pass: it must arrive where the forward pass began.
 
-The pair at t0 is known, and so are those kept to restart from. With `d` the
-reconstructed pair minus the true one and `s` the largest size that the state had at any
-step, both per leaf of the state, the round trip is off by
+The state at t0 is known, and so are those kept to restart from. With `d` the
+reconstructed state minus the true one and `s` the largest size that it had at any step,
+both per leaf and part of the state, the round trip is off by
 
-    (E)    max over leaves and twins of  max|d| / s
+    (E)    max over leaves and parts of  max|d| / s
 
 which must not exceed a tolerance. In exact arithmetic that is zero by default: one bit
 is an error. In floating point it is the square root of the state's machine epsilon
@@ -18,7 +18,7 @@ zero. So `s` of a leaf is never taken smaller than
 
 by which, at the default tolerance, an error of 64 ulps of the largest leaf passes.
 
-Where a gradient is differentiated in forward mode, the pair has tangents, which are
+Where a gradient is differentiated in forward mode, the state has tangents, which are
 floating-point numbers in every arithmetic: undoing a step magnifies their round-off. At
 t0 and where the way back restarts their true values are known too, so they are checked
 there, to the square root of `eps`.
@@ -32,8 +32,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from .._schemes.coupling import Pair
-from .._schemes.twins import Scheme
+from .._schemes.moves import Codes
+from .._schemes.scheme import AbstractScheme
 from .._schemes.watch import Scale, default_tolerance, largest, not_too_small
 from .._xla.guard import agreeing
 from .setup import CALL
@@ -42,30 +42,23 @@ _SMALLEST_DECADE = -17
 _DECADES = range(_SMALLEST_DECADE, 3)
 
 
-def largest_of_pair(scheme: Scheme, pair: Pair) -> Scale:
-    decoded = scheme.decode(pair)
-    return jtu.tree_map(jnp.maximum, largest(decoded.y), largest(decoded.z))
+def largest_of(scheme: AbstractScheme, codes: Codes) -> Scale:
+    """The largest size in each leaf of each part."""
+    return largest(scheme.decode(codes))
 
 
 def round_trip(
-    scheme: Scheme, reconstructed: Pair, true: Pair, scale: Scale
+    scheme: AbstractScheme, reconstructed: Codes, true: Codes, scale: Scale
 ) -> list[Float[Array, ""]]:
-    """(E) of each leaf."""
-    return relative_size(scheme.difference(reconstructed, true), scale)
-
-
-def relative_size(difference: Pair, scale: Scale) -> list[Float[Array, ""]]:
-    """(E) for each leaf; NaN where anything is."""
-
-    sizes = jtu.tree_map(jnp.maximum, largest(difference.y), largest(difference.z))
+    """(E) of each leaf; NaN where anything is."""
 
     def ratio(d, s):
         ratio = jnp.where(d == 0, 0, d / jnp.where(s == 0, 1, s))  # (E)
         # As precise as there is: a single bit is very little, and not zero.
         return ratio.astype(jnp.result_type(float))
 
-    sizes = jtu.tree_leaves(sizes)
-    scales = not_too_small(scale)  # (M)
+    difference = scheme.difference(reconstructed, true)
+    sizes, scales = jtu.tree_leaves(largest(difference)), not_too_small(scale)  # (M)
     return [ratio(d, s) for d, s in zip(sizes, scales, strict=True)]
 
 
@@ -82,9 +75,13 @@ _TANGENTS_LOST = (
 
 
 def checked_tangents(
-    tolerance: float | None, true: Pair, reconstructed: Pair, zero: Array, *others: Pair
-) -> tuple[Pair, Array]:
-    """`true` and `zero`, which raise if there are tangents and those of the true pair
+    tolerance: float | None,
+    true: Codes,
+    reconstructed: Codes,
+    zero: Array,
+    *others: Codes,
+) -> tuple[Codes, Array]:
+    """`true` and `zero`, which raise if there are tangents and those of the true state
     were not `reconstructed`, relative to the largest of theirs and of `others`."""
     values, rest = eqx.partition(true, eqx.is_inexact_array)
     leaves, treedef = jtu.tree_flatten(values)
@@ -154,13 +151,13 @@ _EXACT = (
 def certificate(
     tolerance: float | None,
     throw: bool,
-    scheme: Scheme,
+    scheme: AbstractScheme,
     round_trips: list[Float[Array, ""]],
-    final: Pair,
+    final: Codes,
 ) -> Float[Array, ""]:
     """A zero to add to the gradient; getting it raises if (E) exceeds the tolerance.
 
-    If the solve itself overflowed, so that the `final` pair is not finite, and
+    If the solve itself overflowed, so that the `final` state is not finite, and
     `throw=False`, by which users ask to look at failures themselves, it is NaN instead.
     A zero that every leaf of the gradient depends on: any of them may go unused, and
     passing them all through the check would copy them.

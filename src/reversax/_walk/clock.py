@@ -72,34 +72,44 @@ class ClosedController(dfx.AbstractStepSizeController):
         del args, error_order  # Closed over.
         return self.adapt(t0, t1, (y0, y1_candidate, y_error), controller_state)
 
-    def follows_state(self, t0: Time, t1: Time, y0: State, controller_state) -> bool:
+    def follows_state(self, moment: "Moment", y0: State, error: State | None) -> bool:
         """Whether the steps have a derivative with respect to the state, begun with
         these: not if they follow it by way of constants."""
+        t0, t1, controller_state = moment
 
         def next_moment(states):
             said = self.adapt(t0, t1, states, controller_state)
             _, next_t0, next_t1, _, state, _ = said
             return inexact(Moment(jnp.asarray(next_t0), jnp.asarray(next_t1), state))
 
-        moment, pull = jax.vjp(next_moment, (y0, y0, _sizes(y0)))
+        moment, pull = jax.vjp(next_moment, (y0, y0, error))
         return depends_on_argument(pull, moment)
 
 
-def _sizes(y: State) -> State:
+def error_like(y: State) -> State:
     """Absolute values, as errors are given."""
     return jtu.tree_map(jnp.abs, y)
 
 
+class Reads(NamedTuple):
+    """What a controller may depend on beside its own numbers."""
+
+    args: PyTree
+    error_order: Any
+    moment: "Moment"
+    """The first."""
+    y0: State
+    error: State | None
+    """Like the error estimates of steps, if there are any."""
+
+
 def close_controller(
-    controller: dfx.AbstractStepSizeController,
-    args: PyTree,
-    error_order: Any,
-    moment: "Moment",
-    y0: State,
+    controller: dfx.AbstractStepSizeController, reads: Reads
 ) -> tuple[ClosedController, PyTree]:
     """The controller, closed over all that it depends on but the times of a step, the
     states at its ends, its error (real, as sizes are) and the controller's own state;
-    and that state as arrays. `moment` is the first."""
+    and that state as arrays."""
+    args, error_order, moment, y0, error = reads
 
     def adapt(t0, t1, states, controller_state):
         y0, y1, y_error = states
@@ -107,7 +117,7 @@ def close_controller(
             t0, t1, y0, y1, args, y_error, error_order, controller_state
         )
 
-    first = moment.t0, moment.t1, (y0, y0, _sizes(y0))
+    first = moment.t0, moment.t1, (y0, y0, error)
     # The first state may be of Python scalars: what a loop makes of these is up to the
     # next one.
     *_, after, _ = eqx.filter_eval_shape(adapt, *first, moment.controller_state)

@@ -14,13 +14,12 @@ from typing import Any
 import diffrax as dfx
 import equinox as eqx
 import jax.lax as lax
-import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._numbers.arithmetic import State
 from .._schemes.control import Time
-from .._schemes.twins import Scheme
+from .._schemes.scheme import AbstractScheme
 from .._xla.closure import closed
 from .._xla.compat import integration_loop, while_loop
 
@@ -45,35 +44,36 @@ def close_event(
     return dfx.Event(conditions, direction=event.direction)
 
 
-class _OfPair(eqx.Module):
-    """A condition on the state, as one on the pair."""
+class _OfCodes(eqx.Module):
+    """A condition on the state, as one on its parts."""
 
     condition: Callable
-    scheme: Scheme
+    scheme: AbstractScheme
 
     def __call__(self, t, y, args, **kwargs):
         del args, kwargs
         return self.condition(t, self.scheme.readout(y))
 
 
-def reading_out(event: dfx.Event | None, scheme: Scheme) -> dfx.Event | None:
-    """The event, in a loop whose state is the pair."""
+def reading_out(event: dfx.Event | None, scheme: AbstractScheme) -> dfx.Event | None:
+    """The event, in a loop whose state is of the scheme's parts."""
     if event is None:
         return None
     conditions = jtu.tree_map(
-        lambda c: _OfPair(c, scheme), event.cond_fn, is_leaf=callable
+        lambda c: _OfCodes(c, scheme), event.cond_fn, is_leaf=callable
     )
     return dfx.Event(conditions, direction=event.direction)
 
 
-def without_derivatives(init_state: Any, y0: State, dense: bool) -> Any:
+def without_derivatives(
+    init_state: Any, y0: State, dense: bool, scheme: AbstractScheme
+) -> Any:
     """The loop's initial state, with what concerns events made constant, and room for
     dense output only if there is any."""
     places = lambda s: (s.event_values, s.event_dense_info)
     dense_info = init_state.event_dense_info
     if not dense:
-        zeros = jtu.tree_map(jnp.zeros_like, y0)
-        dense_info = dict(base_dense_info=None, gap0=zeros, gap1=zeros)
+        dense_info = scheme.empty_dense_info(y0)
     values = constant((init_state.event_values, dense_info))
     return eqx.tree_at(places, init_state, values, is_leaf=lambda x: x is None)
 

@@ -5,7 +5,7 @@ the message has in it, a floating-point number of single precision less its last
 """
 
 import dataclasses
-import math
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -16,8 +16,6 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from .._numbers.fixed_point import FixedPoint
-from .._numbers.schedule import MOST
-from .._schemes.coupling import Symmetric
 from .._schemes.watch import APART, OUTGROWN
 from .._xla.compat import DIVERGED, NONFINITE
 from .setup import CALL, Setup
@@ -40,7 +38,7 @@ def _decoded(code: int) -> tuple[int, float]:
 class Messages:
     """Those of one setup, by code: for `equinox.branched_error_if`."""
 
-    symmetric: bool
+    driven_apart: Callable[[float, bool], str]
     exact: bool
     adaptive: bool
     largest: str
@@ -48,7 +46,7 @@ class Messages:
     def __getitem__(self, code: int) -> str:
         fault, number = _decoded(code)
         if fault == APART:
-            return f"{self._driven_apart(number)} ({CALL})"
+            return f"{self.driven_apart(number, self.adaptive)} ({CALL})"
         if fault == OUTGROWN:
             return (
                 "Give the size of the state, `reversax.Reversible(..., "
@@ -63,26 +61,6 @@ class Messages:
             f"smaller steps. ({CALL})"
         )
 
-    def _driven_apart(self, needed: float) -> str:
-        what = "damping drove the twins apart, so that the solution is not to be used"
-        if not self.symmetric:
-            return f"Use `coupling=reversax.Symmetric()`, the default: {what}."
-        if not needed > 0 or math.isinf(needed):
-            return f"Take smaller steps: {what}."
-        if needed <= MOST:
-            number = max(1, math.ceil(needed - 0.1))
-            return (
-                f"Use `reversax.Symmetric(halvings_per_step={number})`: {what}. "
-                f"{needed:.2g} halvings a step would have kept them together."
-            )
-        most = f"`reversax.Symmetric(halvings_per_step={MOST})`"
-        if self.adaptive:
-            return f"Use {most}, and a smaller tolerance: {what}."
-        return (
-            f"Take steps of at most {MOST / needed:.2g} of their length with {most}: "
-            f"{what}."
-        )
-
 
 def _messages(setup: Setup, dtypes: list) -> Messages:
     scheme, arithmetic = setup.scheme, setup.scheme.arithmetic
@@ -90,8 +68,8 @@ def _messages(setup: Setup, dtypes: list) -> Messages:
     if isinstance(arithmetic, FixedPoint):
         sizes = {2.0 ** arithmetic.exponent(x) for x in dtypes}
         largest = " or ".join(f"{size:.2g}" for size in sorted(sizes))
-    symmetric = isinstance(scheme.coupling, Symmetric)
-    return Messages(symmetric, arithmetic.exact, setup.plan.times, largest)
+    known = scheme.driven_apart, arithmetic.exact, setup.plan.times, largest
+    return Messages(*known)
 
 
 def raise_if_failed(final_state: Any, setup: Setup) -> Any:

@@ -7,20 +7,27 @@ from typing import Any, NamedTuple, cast
 import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import PyTree
 
 from .._numbers.schedule import Count
 from .._schemes.base import checked_at
-from .._schemes.coupling import Pair
-from .._schemes.fields import NO_LANES, Lanes, Psi
+from .._schemes.fields import NO_LANES, Fields, Lanes
 from .._schemes.increment import AbstractIncrement
-from .._schemes.twins import Scheme
+from .._schemes.moves import Codes
+from .._schemes.scheme import AbstractScheme
 from .._schemes.watch import APART, LOST, OUTGROWN, SOUND, Watch, begin
-from .._solver import ClosedSolver, Interpolated, Progress, TwinState, result_of
+from .._solver import ReversibleState, result_of
 from .._xla.compat import DIVERGED, integration_loop, while_loop
-from .clock import Clock, ClosedController, Sensitivity, any_of
+from .clock import (
+    Clock,
+    ClosedController,
+    Moment,
+    Sensitivity,
+    any_of,
+    error_like,
+)
 from .event import reading_out
-from .setup import CALL, Setup, saveat_with
+from .setup import CALL, Parts, Setup, saveat_with
+from .stepping import ClosedSolver, Interpolated, Progress
 from .tape import Record, Recorder, RecorderState, Tape, recording_while_loop
 from .times import AbstractTimes, PrescribedTimes
 
@@ -31,23 +38,19 @@ class Forward(NamedTuple):
     final_state: Any
     """Diffrax's, with the solver's state as [`reversax.Reversible`][] has it."""
     aux_stats: dict
-    pair: Pair
+    codes: Codes
     record: Record
     num_shed: Count
-    """How many halvings were made."""
+    """How many bits of each number were lost."""
 
 
 def run(
-    parts: tuple[Pair, AbstractIncrement, list, Clock],
-    setup: Setup,
-    *,
-    perturbed: Any,
-    lanes: Lanes = NO_LANES,
+    parts: Parts, setup: Setup, *, perturbed: Any, lanes: Lanes = NO_LANES
 ) -> Forward:
     """Solves forward in Diffrax's loop.
 
     `perturbed` says what of the `parts` will be differentiated, and `lanes` of which
-    lanes this is one, both so that the two passes evaluate the increment alike. If
+    lanes this is one, both so that the two passes evaluate the fields alike. If
     `perturbed` is `None` there is no other pass, and nothing is recorded for it.
 
     **Raises:** `ValueError` if something would have to be, of a number of steps that
@@ -55,18 +58,19 @@ def run(
     """
     if perturbed is not None and setup.unbounded is not None:
         raise ValueError(setup.unbounded)
-    pair0, increment, fns, clock = parts
-    scheme = setup.scheme
-    _, _, _, varied = [False] * 4 if perturbed is None else perturbed
-    psi = _psi(increment, setup, perturbed, lanes)
+    scheme, clock = setup.scheme, parts.clock
     solver = ClosedSolver(
-        *(scheme, psi, setup.plan.schedule, setup.look_every, clock.t1),
-        *(setup.base_interpolation_cls, setup.error_order),
+        scheme=scheme,
+        fields=_fields(parts.increment, setup, perturbed, lanes),
+        schedule=setup.plan.schedule,
+        look_every=setup.look_every,
+        end=clock.t1,
+        known_error_order=setup.error_order,
     )
-    fns = [_save_with(fn, scheme) for fn in fns]
+    fns = [_save_with(fn, scheme) for fn in parts.fns]
     saveat = saveat_with(setup.saveat, fns, clock.ts)
-    controller = _recorder(setup, clock, varied)
-    first = clock.controller_state, clock.t0, pair0
+    controller = _recorder(setup, clock, perturbed)
+    first = clock.controller_state, clock.t0, parts.codes
     controller_state = controller.begin(*first, records=perturbed is not None)
     final_state, aux_stats = integration_loop(
         solver=solver,
@@ -79,59 +83,66 @@ def run(
         max_steps=setup.plan.max_steps,
         terms=None,
         args=None,
-        init_state=_first_state(setup, clock, pair0, controller_state),
+        init_state=_first_state(setup, clock, parts.codes, controller_state),
         inner_while_loop=ft.partial(while_loop, kind="lax"),
         outer_while_loop=recording_while_loop,
         progress_meter=setup.progress_meter,
     )
     forward = _taken_apart(final_state, aux_stats, setup)
-    begun = clock.t0, scheme.decode(pair0).z
-    last = final_state.tprev, scheme.decode(forward.pair).z
-    return checked_at(forward, increment, begun, last)
+    begun = clock.t0, scheme.reached(parts.codes)
+    last = final_state.tprev, scheme.reached(forward.codes)
+    return checked_at(forward, parts.increment, begun, last)
 
 
 def _first_state(
-    setup: Setup, clock: Clock, pair0: Pair, controller_state: RecorderState
+    setup: Setup, clock: Clock, codes0: Codes, controller_state: RecorderState
 ) -> Any:
-    """Diffrax's own, in which the state is the pair."""
+    """Diffrax's own, in which the state is of the scheme's parts."""
     no_step = (None, None) if setup.event is None else (clock.t0, clock.t0)
-    watch = begin(setup.scheme.readout(pair0), clock.t0)
-    progress = Progress(jnp.zeros((), jnp.int32), watch)
+    watch = begin(setup.scheme.readout(codes0), clock.t0)
+    before = clock.t0 if setup.scheme.looks_back else None
+    progress = Progress(jnp.zeros((), jnp.int32), watch, before)
     return eqx.tree_at(
         lambda s: (
             *(s.y, s.solver_state, s.controller_state),
             *(s.tprev, s.tnext, s.event_tprev, s.event_tnext),
         ),
         setup.init_state,
-        (pair0, progress, controller_state, clock.t0, clock.first_end, *no_step),
+        (codes0, progress, controller_state, clock.t0, clock.first_end, *no_step),
         is_leaf=lambda x: x is None,
     )
 
 
-def _psi(
+def _fields(
     increment: AbstractIncrement, setup: Setup, perturbed: Any, lanes: Lanes
-) -> Psi:
-    """The increment, as both passes evaluate it."""
+) -> Fields:
+    """Of a scheme, as both passes evaluate them."""
     isolated = setup.scheme.arithmetic.exact and perturbed is not None
-    _, differentiated, _, varied = [False] * 4 if perturbed is None else perturbed
-    diff, nondiff = eqx.partition(increment, differentiated if isolated else False)
-    options = isolated, setup.error, setup.dense, isolated and any_of(varied)
-    return Psi(diff, nondiff, lanes.axes, lanes.axis_name, *options, lanes.lane)
+    differentiated = perturbed.increment if isolated else False
+    diff, nondiff = eqx.partition(increment, differentiated)
+    return Fields(
+        diff=diff,
+        nondiff=nondiff,
+        axes=lanes.axes,
+        axis_name=lanes.axis_name,
+        isolated=isolated,
+        error=setup.error,
+        dense=setup.dense,
+        times=isolated and any_of(perturbed.clock),
+        lane=lanes.lane,
+    )
 
 
-def run_for_derivative(
-    parts: tuple[Pair, AbstractIncrement, list, Clock], setup: Setup, **kwargs
-) -> Forward:
+def run_for_derivative(parts: Parts, setup: Setup, **kwargs) -> Forward:
     """`run`, where a derivative is to follow.
 
     **Raises:** `NotImplementedError` if that would lack a part.
     """
-    pair0, _, _, clock = parts
-    controller, moment = clock.controller, (clock.t0, clock.first_end)
-    y0 = setup.scheme.readout(pair0)
-    if isinstance(controller, ClosedController) and controller.follows_state(
-        *moment, y0, clock.controller_state
-    ):
+    clock, y0 = parts.clock, setup.scheme.readout(parts.codes)
+    moment = Moment(clock.t0, clock.first_end, clock.controller_state)
+    known = moment, y0, error_like(y0) if setup.error else None
+    is_closed = isinstance(clock.controller, ClosedController)
+    if is_closed and clock.controller.follows_state(*known):
         raise NotImplementedError(_FOLLOWS_STATE)
     return run(parts, setup, **kwargs)
 
@@ -145,10 +156,10 @@ _FOLLOWS_STATE = (
 )
 
 
-def _recorder(setup: Setup, clock: Clock, varied: PyTree[bool]) -> Recorder:
+def _recorder(setup: Setup, clock: Clock, perturbed: Any) -> Recorder:
     """The controller, made to record, with the derivatives of what it records by those
-    numbers of the clock that are `varied`."""
-    sensitivity = None
+    numbers of the clock that are differentiated."""
+    sensitivity, varied = None, None if perturbed is None else perturbed.clock
     if setup.plan.times and any_of(varied):
         sensitivity = Sensitivity(*eqx.partition(clock, varied))
     controller: Any = clock.controller
@@ -160,7 +171,7 @@ def _recorder(setup: Setup, clock: Clock, varied: PyTree[bool]) -> Recorder:
 
 def _taken_apart(final_state: Any, aux_stats: dict, setup: Setup) -> Forward:
     """What the loop returns, in its parts."""
-    pair, recorded = final_state.y, final_state.controller_state
+    codes, recorded = final_state.y, final_state.controller_state
     progress, scheme = final_state.solver_state, setup.scheme
     # Only now is it stopped by what was seen, so that lanes of a batch that take the
     # same steps may share a clock: what is not sound remains so.
@@ -172,20 +183,22 @@ def _taken_apart(final_state: Any, aux_stats: dict, setup: Setup) -> Forward:
         lambda s: (s.y, s.solver_state, s.controller_state, s.result),
         final_state,
         (
-            scheme.readout(pair),
-            TwinState(pair, num_steps, watch),
+            scheme.readout(codes),
+            ReversibleState(codes, num_steps, watch, progress.before),
             recorded.inner,
             result,
         ),
         is_leaf=lambda x: x is None,
     )
-    return Forward(final_state, aux_stats, pair, recorded.record, recorded.num_shed)
+    return Forward(final_state, aux_stats, codes, recorded.record, recorded.num_shed)
 
 
-def _with_last_try(watch: Watch, final_state: Any, tried: Any, scheme: Scheme) -> Watch:
+def _with_last_try(
+    watch: Watch, final_state: Any, tried: Any, scheme: AbstractScheme
+) -> Watch:
     """What was seen, and what of the last step that was tried: a controller that gave
-    up may have been rejecting steps that were no numbers; and one whose twins were too
-    far apart for it has stopped."""
+    up may have been rejecting steps that were no numbers, or have stopped where the gap
+    was too large for it."""
     result, state = final_state.result, watch.state
     outgrown = (state == LOST) & scheme.outgrown(final_state.y)
     state = jnp.where(outgrown, OUTGROWN, state)
@@ -196,7 +209,7 @@ def _with_last_try(watch: Watch, final_state: Any, tried: Any, scheme: Scheme) -
     return watch.with_state(state)
 
 
-def _save_with(fn: Callable, scheme: Scheme) -> Callable:
+def _save_with(fn: Callable, scheme: AbstractScheme) -> Callable:
     def save(t, y, args):
         return fn(t, y.y if isinstance(y, Interpolated) else scheme.readout(y))
 

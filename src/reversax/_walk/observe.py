@@ -23,18 +23,13 @@ from jaxtyping import Array, Bool, PyTree, Real
 from .._numbers.arithmetic import State
 from .._numbers.schedule import Index
 from .._schemes.control import Time
-from .._schemes.twins import StepEnds, TwinInterpolation, dense_info
+from .._schemes.moves import add_trees
 from .._xla.closure import closed
 from .clock import inexact
 
 
 def is_subsaveat(x: Any) -> bool:
     return isinstance(x, dfx.SubSaveAt)
-
-
-def add_trees(a: PyTree[Array], b: PyTree[Array]) -> PyTree[Array]:
-    """`a + b`, in the dtypes of `a`; `None` leaves of `a` stay."""
-    return jtu.tree_map(lambda x, y: x + y.astype(x.dtype), a, b)
 
 
 def close_fn(sub: dfx.SubSaveAt, args: PyTree, t: Time, y: State) -> Callable:
@@ -48,6 +43,31 @@ class Pulled(NamedTuple):
     fn: PyTree[Array]
     t: Array
     y: State
+
+
+class Saved(NamedTuple):
+    """What of the times of one observation is still to be pulled back."""
+
+    num_ts: Index
+    """How many of `ts`."""
+    ct_ts: Array | None
+    """The cotangents of the others, if times are differentiated."""
+
+
+class Interior(NamedTuple):
+    """What dense output of a step is made from; or the cotangents of that."""
+
+    interval: tuple[Time, Time]
+    info: dict[str, Any]
+
+
+class Inside(NamedTuple):
+    """A step, of which outputs inside it are looked at."""
+
+    index: Index
+    previous_end: Time
+    interpolation_cls: Callable
+    interior: Interior
 
 
 class Observation(eqx.Module):
@@ -132,53 +152,41 @@ class Observation(eqx.Module):
         return lax.cond((index + 1) % self.sub.steps == 0, pull, lambda: zeros)
 
     def pull_inside_step(
-        self,
-        fn: Callable,
-        base_cls: Callable,
-        interval: tuple[Time, Time],
-        previous_end: Time,
-        ends: StepEnds,
-        num_ts: Index,
-        index: Index,
-        ct_ts: Array | None,
-    ) -> tuple[Index, Array | None, PyTree, StepEnds, tuple[Array, Array]]:
-        """Pulls back what was saved at `ts` inside step `index`.
+        self, fn: Callable, inside: "Inside", saved: "Saved"
+    ) -> tuple["Saved", PyTree, "Interior"]:
+        """Pulls back what was saved at `ts` inside a step.
 
-        `num_ts` is how many of `ts` had been saved at the end of the step; returns how
-        many had been at its start, and the cotangents of `ts` (added to those so far,
-        if times are differentiated), of `fn`, of `ends` and of the interval.
+        Returns what had been saved at its start, and the cotangents of `fn` and of the
+        interior of the step.
         """
-        interval = jnp.asarray(interval[0]), jnp.asarray(interval[1])
-        ct = zeros_like_inexact((fn, ends, interval))
+        ct = zeros_like_inexact((fn, inside.interior))
         ts = self.ts
         if ts is None:
-            return num_ts, ct_ts, *ct
+            return saved, *ct
 
-        def interpolate(ends_and_interval, t):
-            ends, (t0, t1) = ends_and_interval
-            info = dense_info(ends)
-            return TwinInterpolation(base_cls=base_cls, t0=t0, t1=t1, **info).evaluate(
-                t
-            )
+        def interpolate(interior, t):
+            (t0, t1), info = interior
+            return inside.interpolation_cls(t0=t0, t1=t1, **info).evaluate(t)
 
-        def inside(carry):
-            j, *_ = carry
+        def is_inside(carry):
+            (j, _), _ = carry
             # The first step saved whatever lies before its end.
-            return (j > 0) & ((index == 0) | (ts[j - 1] > previous_end))
+            after = ts[j - 1] > inside.previous_end
+            return (j > 0) & ((inside.index == 0) | after)
 
         def pull_one(carry):
-            j, ct_ts, (ct_fn, *ct) = carry
+            (j, ct_ts), (ct_fn, ct_interior) = carry
             j = j - 1
-            y, pull = eqx.filter_vjp(interpolate, (ends, interval), ts[j])
-            pulled = self._pull(fn, ts[j], y, self._row(j, index))
+            y, pull = eqx.filter_vjp(interpolate, inside.interior, ts[j])
+            pulled = self._pull(fn, ts[j], y, self._row(j, inside.index))
             ct_here, ct_t = inexact(pull(pulled.y))
             if ct_ts is not None:
                 ct_ts = ct_ts.at[j].add(pulled.t + ct_t)
-            ct = add_trees((ct_fn, *ct), (pulled.fn, *ct_here))
-            return j, ct_ts, ct
+            ct = add_trees((ct_fn, ct_interior), (pulled.fn, ct_here))
+            return Saved(j, ct_ts), ct
 
-        num_ts, ct_ts, ct = lax.while_loop(inside, pull_one, (num_ts, ct_ts, ct))
-        return num_ts, ct_ts, *ct
+        saved, ct = lax.while_loop(is_inside, pull_one, (saved, ct))
+        return saved, *ct
 
 
 def zeros_like_inexact(tree: PyTree) -> PyTree[Array]:

@@ -1,28 +1,29 @@
 """What an adjoint is handed, checked, and split into what is differentiated and what
 is not.
 
-The increment and the saved functions are closed over all the arrays they depend on, so
-that these, with the initial pair, are the inputs of one function, `_forward.run`.
+The fields and the saved functions are closed over all the arrays they depend on, so
+that these, with the initial state, are the inputs of one function, `run` of
+`forward.py`.
 
-In floating point the pair may be kept now and then, for the way back to restart from.
+In floating point the state may be kept now and then, for the way back to restart from.
 Undoing a step magnifies round-off `eps` by `exp(a)`, and each undone step adds its own,
 so after `K` of them the round trip is off by about
 
     eps * exp(a*K) / sqrt(2*a)   <=   tolerance / 4                                 (K)
 
-where the four is to spare. Where the number of halvings follows from the solve, so that
-`a` is not known, `a = ln(2)/4` is the smallest that it can be, and `exp(a*K)` the
-power of two of the halvings, by which the pair is kept.
+where the four is to spare. Where the number of bits that steps lose follows from the
+solve, so that `a` is not known, `a = ln(2)/4` is the smallest that it can be, and
+`exp(a*K)` the power of two of the bits, by which the state is kept.
 """
 
 import math
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from .._numbers.arithmetic import State
 from .._numbers.schedule import (
@@ -35,20 +36,30 @@ from .._numbers.schedule import (
 )
 from .._schemes.base import check_memory
 from .._schemes.control import Time, direction_of
-from .._schemes.coupling import Symmetric
-from .._schemes.increment import make_increment
 from .._schemes.problem import Problem, check_problem
-from .._schemes.twins import Scheme
+from .._schemes.scheme import AbstractScheme
 from .._schemes.watch import begin, look_every
-from .._solver import Reversible, TwinState, first_state
+from .._solver import Reversible, ReversibleState, first_state
 from .._xla.compat import number_of_steps
-from .clock import Clock, Moment, close_controller, just_below
+from .clock import Clock, Moment, Reads, close_controller, error_like, just_below
 from .event import close_event, without_derivatives
 from .observe import close_fn, is_subsaveat
 from .tape import Plan, Restarts
 from .times import prescribes_times
 
 CALL = "`diffrax.diffeqsolve(..., adjoint=reversax.ReversibleAdjoint())`"
+
+
+class Parts(NamedTuple):
+    """All of a solve that may be differentiated; or what concerns each of these."""
+
+    codes: Any
+    """Before the first step."""
+    increment: Any
+    """What the fields of a scheme are, closed over all that they depend on."""
+    fns: Any
+    """The saved functions, likewise."""
+    clock: Any
 
 
 class Setup(eqx.Module):
@@ -58,11 +69,10 @@ class Setup(eqx.Module):
     steps_before: Index
     """How many steps were taken before the solve, if it resumes another."""
     look_every: Any
-    """At every how many steps to look whether the twins are together; at each, where it
-    is not known which is the last."""
+    """At every how many steps to look whether all is well; at each, where it is not
+    known which is the last."""
     direction: Any
     """Of time as the user has it, 1 or -1."""
-    base_interpolation_cls: Any = eqx.field(static=True)
     error_order: Any
     error: bool = eqx.field(static=True)
     """Whether the controller needs error estimates."""
@@ -85,7 +95,7 @@ class Setup(eqx.Module):
     throw: bool = eqx.field(static=True)
 
     @property
-    def scheme(self) -> Scheme:
+    def scheme(self) -> AbstractScheme:
         return self.plan.scheme
 
     @property
@@ -145,14 +155,13 @@ def _unbounded(solver, controller, event, max_steps, restart_every) -> str | Non
             "and `diffrax.StepTo` need no record)"
         )
     elif solver.scheme.sheds:
-        number = cast(Symmetric, solver.coupling).halvings_per_step
-        shed = f"at least 1/{SELDOM}" if isinstance(number, str) else f"{number:g}"
         what = (
-            f"`reversax.FixedPoint` records {shed} bits a step for each element of the "
-            "state (`arithmetic=reversax.FloatingPoint()` needs no record)"
+            f"`reversax.FixedPoint` records {solver.scheme.bits_per_step} bits a step "
+            "for each element of the state (`arithmetic=reversax.FloatingPoint()` "
+            "needs no record)"
         )
     elif isinstance(restart_every, int):
-        what = f"a pair is kept at every {restart_every} steps (`restart_every`)"
+        what = f"the state is kept at every {restart_every} steps (`restart_every`)"
     else:
         return None
     return f"Pass `max_steps=...`, a bound on the number of steps: {what}. ({CALL})"
@@ -160,15 +169,15 @@ def _unbounded(solver, controller, event, max_steps, restart_every) -> str | Non
 
 def _restarts(
     asked: int | str | None,
-    scheme: Scheme,
+    scheme: AbstractScheme,
     y0: State,
     max_steps: int | None,
     tolerance: float | None,
 ) -> Restarts | None:
-    """Where to keep the pair, (K)."""
+    """Where to keep the state, (K)."""
     if asked != "auto":
         return None if asked is None else Restarts(cast(int, asked))
-    leaves, rate = jtu.tree_leaves(y0), scheme.coupling.amplification
+    leaves, rate = jtu.tree_leaves(y0), scheme.amplification
     if scheme.arithmetic.exact or max_steps is None or rate == 0 or not leaves:
         return None
     eps = max(float(jnp.finfo(x.dtype).eps) for x in leaves)
@@ -177,7 +186,7 @@ def _restarts(
     slowest = math.log(2) / SELDOM if rate is None else rate
     digits = math.log(max(tolerance / (4 * eps) * math.sqrt(2 * slowest), 1))
     if rate is None:
-        # A pair is kept at the step that has the last bit of them, or more.
+        # The state is kept at the step that has the last bit of them, or more.
         bits = int(digits / math.log(2)) - (MOST - 1)
         return Restarts(max(1, bits), counts_bits=True)
     every = max(1, int(digits / rate))  # (K)
@@ -201,24 +210,31 @@ def _finite(t1: Array, event: dfx.Event | None) -> Array:
 
 
 def _first_state(
-    scheme: Scheme, t0: Time, y0: State, given: Any, passed: bool
-) -> TwinState:
+    scheme: AbstractScheme, t0: Time, y0: State, given: Any, passed: bool
+) -> ReversibleState:
     """The solver's state before the first step. If the user passed none, a new one, so
     that the derivative with respect to `y0` passes through no other."""
     if not passed:
         return first_state(scheme, t0, y0)
-    return TwinState(scheme.rebase(given.pair, y0), given.num_steps, begin(y0, t0))
+    if scheme.looks_back:
+        raise ValueError(
+            "Resume without the `solver_state` of the earlier solve, or with Diffrax's "
+            "adjoints: a solver that looks back a step needs to know where that began, "
+            f"which the backward pass does not. ({CALL})"
+        )
+    codes = scheme.rebase(given.codes, y0)
+    return ReversibleState(codes, given.num_steps, begin(y0, t0))
 
 
 def _schedule(
     controller: Any, state: Any, start: Index, solver: Reversible, t0: Time, t1: Time
 ) -> AbstractSchedule:
-    """How many halvings each step makes."""
+    """How many bits each step loses."""
     if prescribes_times(controller):
         chosen = over_steps(number_of_steps(controller, state))
     else:
         chosen = over_time(t0, t1)
-    return solver.coupling.schedule(start, chosen)
+    return solver.scheme.schedule(start, chosen)
 
 
 def set_up(
@@ -248,9 +264,11 @@ def set_up(
     y0, scheme = init_state.y, solver.scheme
     _check_solver(solver, (terms, t0, y0, args))
     state = _first_state(scheme, t0, y0, init_state.solver_state, passed_solver_state)
-    increment = make_increment(solver.solver, terms, args).close(t0, y0)
+    increment = solver.fields(terms, args).close(t0, y0)
     fns = [close_fn(sub, args, t0, y0) for sub in _subs(saveat)]
-    reads = args, solver.error_order(terms), Moment(t0, init_state.tnext, first), y0
+    example = error_like(y0) if scheme.estimates_error else None
+    moment = Moment(t0, init_state.tnext, first)
+    reads = Reads(args, solver.error_order(terms), moment, y0, example)
     clock = _clock(_finite(t1, event), controller, reads, saveat)
     located = event is not None and event.root_finder is not None
     dense = saveat.dense or located or any(ts is not None for ts in clock.ts)
@@ -258,18 +276,17 @@ def set_up(
         known = dict(terms=terms, solver=solver, t0=t0, t1=t1, dt0=dt0, saveat=saveat)
         known.update(stepsize_controller=stepsize_controller, max_steps=max_steps)
         event = close_event(event, known, args, t0, y0)
-        init_state = without_derivatives(init_state, y0, dense)
+        init_state = without_derivatives(init_state, y0, dense, scheme)
     restarts = _restarts(restart_every, scheme, y0, max_steps, round_trip_tolerance)
     times = _records_times(controller, event)
     schedule = _schedule(controller, first, state.num_steps, solver, t0, t1)
-    return (state.pair, increment, fns, clock), Setup(
+    return Parts(state.codes, increment, fns, clock), Setup(
         plan=Plan(scheme, schedule, times, restarts, max_steps),
         steps_before=state.num_steps,
         look_every=1 if times else look_every(number_of_steps(controller, first)),
         direction=direction_of(terms),
-        base_interpolation_cls=solver.solver.interpolation_cls,
-        error_order=reads[1],
-        error=not prescribes_times(controller),
+        error_order=reads.error_order,
+        error=scheme.estimates_error and not prescribes_times(controller),
         dense=dense,
         saveat=_without_arrays(saveat, located),
         event=event,
@@ -286,14 +303,13 @@ def set_up(
 def _clock(
     t1: Array,
     controller: dfx.AbstractStepSizeController,
-    reads: tuple[PyTree, Any, Moment, State],
+    reads: Reads,
     saveat: dfx.SaveAt,
 ) -> Clock:
     """The clock; `reads` is what a controller may depend on beside its own."""
-    _, _, moment, _ = reads
-    first_state = moment.controller_state
+    moment, first_state = reads.moment, reads.moment.controller_state
     if not prescribes_times(controller):
-        controller, first_state = close_controller(controller, *reads)
+        controller, first_state = close_controller(controller, reads)
     return Clock(
         t0=moment.t0,
         t1=t1,

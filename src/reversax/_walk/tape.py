@@ -4,20 +4,18 @@
   of each, since after a jump the next step starts two ulps past the last one's end, so
   one time a step would not do. `ConstantStepSize` and `StepTo` prescribe their times,
   so those are computed again and nothing is kept.
-- In exact arithmetic the bits that the coupling shed, one per element of the state and
-  halving, thirty-two of an element's to a word; those of one step may begin in one word
-  and end in the next.
-- In floating point, now and then the pair itself, for the way back to restart from.
+- The bits that steps lost, of each element of the state thirty-two to a word; those of
+  one step may begin in one word and end in the next.
+- In floating point, now and then the state itself, for the way back to restart from.
 
-All of it is written by a wrapper around the controller, the `Recorder`. If the coupling
-does not have the gap `g = y - z` in the error estimate, it also asks the controller
-whether the twins are too far apart: whether it would reject a step whose error were
+All of it is written by a wrapper around the controller, the `Recorder`. If there is
+something that no error estimate has (`unwatched` of a scheme), it also asks the
+controller whether that is too large: whether it would reject a step whose error were
 
     (L)    |g| / LIMIT,
 
-which nothing else would stop. Healthy solves have some tolerances, the published
-coupling up to some thousands. (With the gap in the estimate (U) of `twins.py` a step
-adds to it less than `2**b` tolerances, so that it stays below some hundred.)
+which nothing else would stop. With twins under the published coupling `g` is the gap
+between them. Healthy solves have some tolerances of it, up to some thousands.
 """
 
 import functools as ft
@@ -34,8 +32,8 @@ from jaxtyping import Array, PyTree, UInt32
 
 from .._numbers.schedule import AbstractSchedule, Count, Index, divided
 from .._schemes.control import Time
-from .._schemes.coupling import Pair
-from .._schemes.twins import Scheme
+from .._schemes.moves import Codes
+from .._schemes.scheme import AbstractScheme, Lost
 from .._schemes.watch import LOST, OUTGROWN, SOUND
 from .._xla.compat import DIVERGED, buffer_at_set, while_loop
 from .._xla.one_kernel import in_one_kernel
@@ -45,23 +43,23 @@ from .times import AbstractTimes, PrescribedTimes, RecordedTimes
 _BITS = 32
 _REMEMBERED = 16  # Tries.
 LIMIT = 1e4
-"""How many tolerances the twins may be apart."""
+"""How many tolerances that may be."""
 
 
 class Restarts(eqx.Module):
-    """Where the pair is kept: at every so many steps, or where so many bits were shed
-    since, if that is how the halvings of a solve are given."""
+    """Where the state is kept: at every so many steps, or where so many bits were lost
+    since, if their number is chosen."""
 
     every: int = eqx.field(static=True)
     counts_bits: bool = eqx.field(static=True, default=False)
 
     def number(self, most_steps: int, most_bits: int) -> int:
-        """Not less than how many pairs are kept."""
+        """Not less than how many states are kept."""
         return (most_bits if self.counts_bits else most_steps) // self.every
 
     def at(self, index: Index, shed: Count, last: Count) -> tuple[Array, Array]:
-        """Whether the pair that a step starts from is kept, and as which: with `shed`
-        halvings before it, of which `last` in the step before."""
+        """Whether the state that a step starts from is kept, and as which: with `shed`
+        bits lost before it, of which `last` in the step before."""
         if not self.counts_bits:
             number, phase = divided(index, self.every)
             return (phase == 0) & (number > 0), jnp.maximum(number, 1) - 1
@@ -74,16 +72,16 @@ class Plan(eqx.Module):
     """What there is to record. Steps are counted from 0, those before the solve, if it
     resumes another, not among them."""
 
-    scheme: Scheme
+    scheme: AbstractScheme
     schedule: AbstractSchedule
     times: bool = eqx.field(static=True)
     restarts: Restarts | None
     max_steps: int | None = eqx.field(static=True)
 
-    def blank(self, t0: Time, pair0: Pair, num_varied: int) -> "Record":
+    def blank(self, t0: Time, codes0: Codes, num_varied: int) -> "Record":
         """An empty record, with derivatives of the times by so many numbers."""
         rows = lambda num, x, dtype: jnp.zeros((num, *jnp.shape(x)), dtype)
-        times, bits, pairs, most = None, None, None, 0
+        times, bits, codes, most = None, None, None, 0
         if self.max_steps is not None:
             most = self.schedule.most(self.max_steps)
         if self.times:
@@ -96,15 +94,14 @@ class Plan(eqx.Module):
         if self.scheme.sheds:
             assert self.max_steps is not None
             num = max(1, -(-most // _BITS))
-            of_step = self.scheme.arithmetic.shed_bits
-            bits = jax.eval_shape(of_step, pair0.y, pair0.z, most)
+            bits = jax.eval_shape(self.scheme.shed_bits, codes0, 1)
             bits = jtu.tree_map(lambda x: rows(num, x, x.dtype), bits)
         if self.restarts is not None:
             assert self.max_steps is not None
             num = self.restarts.number(self.max_steps, most)
             if num > 0:
-                pairs = jtu.tree_map(lambda x: rows(num, x, x.dtype), pair0)
-        return Record(times, bits, pairs)
+                codes = jtu.tree_map(lambda x: rows(num, x, x.dtype), codes0)
+        return Record(times, bits, codes)
 
 
 class Record(NamedTuple):
@@ -112,7 +109,7 @@ class Record(NamedTuple):
 
     times: RecordedTimes | None
     bits: PyTree[UInt32[Array, "rows ..."]] | None
-    pairs: Pair | None
+    codes: Codes | None
 
 
 class Tape(eqx.Module):
@@ -122,41 +119,40 @@ class Tape(eqx.Module):
     record: Record
     plan: Plan
 
-    def halvings(self, index: Index) -> Count:
-        """How many a step made."""
+    def lost(self, index: Index, until: Count) -> Lost:
+        """How many bits a step lost, given those until its end."""
+        number = self._number(index)
+        return Lost(number, jnp.asarray(until) - jnp.asarray(number, jnp.uint32))
+
+    def _number(self, index: Index) -> Count:
         return self.plan.schedule.of_step(index, *self.times.interval(index))
 
-    def shed_bits(
-        self, shed: Count, halvings: Count
-    ) -> PyTree[UInt32[Array, "..."]] | None:
-        """What the coupling shed at a step that made so many halvings, with `shed`
-        before it."""
+    def shed_bits(self, lost: Lost) -> PyTree[UInt32[Array, "..."]] | None:
+        """Those that a step lost."""
         if self.record.bits is None:
             return None
-        row, shift = divided(shed, _BITS)
-        mask = (np.uint32(1) << jnp.asarray(halvings, jnp.uint32)) - np.uint32(1)
+        first, shift = divided(lost.before, _BITS)
+        mask = (np.uint32(1) << jnp.asarray(lost.number, jnp.uint32)) - np.uint32(1)
 
         def read(rows):
-            bits = rows[row] >> shift
+            bits = rows[first] >> shift
             if not self.plan.schedule.fills_words:
                 # (None of the shifts is by a whole word.)
-                bits = bits | ((rows[_next(row, rows)] << 1) << (_BITS - 1 - shift))
+                bits = bits | ((rows[_next(first, rows)] << 1) << (_BITS - 1 - shift))
             return bits & mask
 
         return jtu.tree_map(read, self.record.bits)
 
-    def kept_pair(
-        self, index: Index, shed: Count, otherwise: Pair
-    ) -> tuple[Array, Pair]:
-        """Of a record with pairs: whether that of a step's start was kept, and it."""
+    def kept(self, index: Index, shed: Count, otherwise: Codes) -> tuple[Array, Codes]:
+        """Of a record with states: whether that of a step's start was kept, and it."""
         restarts, last = self.plan.restarts, 0
         assert restarts is not None
         if restarts.counts_bits:
-            last = self.halvings(jnp.maximum(index - 1, 0))
+            last = self._number(jnp.maximum(index - 1, 0))
             shed = jnp.where(index == 0, 0, shed)
         at, row = restarts.at(index, shed, last)
         read = lambda rows, x: jnp.where(at, rows[row], x)
-        return at, jtu.tree_map(read, self.record.pairs, otherwise)
+        return at, jtu.tree_map(read, self.record.codes, otherwise)
 
 
 class RecorderState(eqx.Module):
@@ -164,7 +160,7 @@ class RecorderState(eqx.Module):
     record: Record
     num_accepted: Index
     num_shed: Count
-    """How many halvings were made."""
+    """How many bits were lost."""
     tangents: PyTree[Array]
     """(J), of the next step, if the times are recorded and differentiated."""
     tried: Array | None
@@ -178,8 +174,9 @@ class Recorder(dfx.AbstractStepSizeController):
     """Records accepted steps as planned, and else does as `controller`.
 
     A step-size controller is where to do so: it is told the very interval that was
-    stepped over, and the loop's state before and after, which is the pair; and its own
-    state may hold buffers, which in the solver's state would be copied at every step.
+    stepped over, and the loop's state before and after, which is of the scheme's parts;
+    and its own state may hold buffers, which in the solver's state would be copied at
+    every step.
     """
 
     controller: dfx.AbstractStepSizeController
@@ -198,7 +195,7 @@ class Recorder(dfx.AbstractStepSizeController):
         raise NotImplementedError  # The adjoint's loop begins with a state of its own.
 
     def begin(
-        self, inner_state: PyTree, t0: Time, pair0: Pair, *, records: bool
+        self, inner_state: PyTree, t0: Time, codes0: Codes, *, records: bool
     ) -> RecorderState:
         """The first state, which `records` steps for a walk back over them, or not."""
         tangents, num_varied = None, 0
@@ -207,7 +204,7 @@ class Recorder(dfx.AbstractStepSizeController):
             num_varied = len(tangents.t0)
         record = Record(None, None, None)
         if records:
-            record = self.plan.blank(t0, pair0, num_varied)
+            record = self.plan.blank(t0, codes0, num_varied)
         zero = jnp.zeros((), jnp.int32)
         shed = jnp.zeros((), jnp.uint32)
         tried = zero if self.prescribed is None else None
@@ -238,8 +235,8 @@ class Recorder(dfx.AbstractStepSizeController):
             _, next_t1 = self.prescribed.interval(index + 1)
         if tried is not None:
             scheme = self.plan.scheme
-            if not scheme.coupling.watches_gap:
-                gap = scheme.gap(y1_candidate)
+            gap = scheme.unwatched(y1_candidate)
+            if gap is not None:
                 share = jtu.tree_map(lambda x: jnp.abs(x) / LIMIT, gap)
                 together, *_ = adapt(self.controller, moment, share)  # (L)
                 apart = keep & ~jnp.asarray(together)
@@ -251,25 +248,25 @@ class Recorder(dfx.AbstractStepSizeController):
             since = jnp.where(lost, 0, since + jnp.where(t1 > t0, 1, 0))
             forgotten = jnp.where(since > _REMEMBERED, SOUND, tried)
             tried = jnp.where(lost, why, forgotten).astype(tried.dtype)
-        halvings = self.plan.schedule.of_step(index, t0, t1)
+        bits_lost = self.plan.schedule.of_step(index, t0, t1)
         record = self._record(
-            controller_state, halvings, (t0, t1), y0, y1_candidate, keep
+            controller_state, bits_lost, (t0, t1), y0, y1_candidate, keep
         )
         index = index + jnp.where(keep, 1, 0)
-        shed = shed + jnp.where(keep, halvings, 0).astype(shed.dtype)
+        shed = shed + jnp.where(keep, bits_lost, 0).astype(shed.dtype)
         state = RecorderState(inner, record, index, shed, tangents, tried, since)
         return keep, next_t0, next_t1, made_jump, state, result
 
     def _record(
         self,
         state: RecorderState,
-        halvings: Count,
+        bits_lost: Count,
         interval: tuple[Time, Time],
-        pair0: Pair,
-        pair1: Pair,
+        codes0: Codes,
+        codes1: Codes,
         keep: Any,
     ) -> Record:
-        (times, bits, pairs), plan = state.record, self.plan
+        (times, bits, codes), plan = state.record, self.plan
         index, shed = state.num_accepted, state.num_shed
         if times is not None:
             start, end = map(jnp.asarray, interval)
@@ -280,27 +277,27 @@ class Recorder(dfx.AbstractStepSizeController):
             set_row = lambda x, rows: buffer_at_set(rows, index, x, pred=keep)
             times = jtu.tree_map(set_row, new, times)
         if bits is not None:
-            new = plan.scheme.arithmetic.shed_bits(pair0.y, pair0.z, halvings)
-            add = ft.partial(self._add_bits, shed, halvings, keep)
+            new = plan.scheme.shed_bits(codes0, bits_lost)
+            add = ft.partial(self._add_bits, shed, bits_lost, keep)
             # Over what is written first: in the loop a buffer is a tree of its own.
             bits = jtu.tree_map(add, new, bits)
-        if pairs is not None:
+        if codes is not None:
             assert plan.restarts is not None
-            at, row = plan.restarts.at(index + 1, shed + halvings, halvings)
+            at, row = plan.restarts.at(index + 1, shed + bits_lost, bits_lost)
             write = lambda x, rows: buffer_at_set(rows, row, x, pred=keep & at)
-            pairs = jtu.tree_map(write, pair1, pairs)
-        return Record(times, bits, pairs)
+            codes = jtu.tree_map(write, codes1, codes)
+        return Record(times, bits, codes)
 
     def _add_bits(
-        self, shed: Count, halvings: Count, keep: Any, new: Array, rows: Any
+        self, shed: Count, bits_lost: Count, keep: Any, new: Array, rows: Any
     ) -> Any:
         """Writes the bits of a step behind the `shed` ones."""
         row, shift = divided(shed, _BITS)
-        keep = keep & (jnp.asarray(halvings) > 0)
+        keep = keep & (jnp.asarray(bits_lost) > 0)
         rows = buffer_at_set(rows, row, rows[row] | (new << shift), pred=keep)
         if self.plan.schedule.fills_words:
             return rows
-        more = shift + halvings > _BITS
+        more = shift + bits_lost > _BITS
         # (None of the shifts is by a whole word.)
         beyond = (new >> 1) >> (_BITS - 1 - shift)
         return buffer_at_set(rows, _next(row, rows), beyond, pred=keep & more)

@@ -1,0 +1,323 @@
+r"""Solvers that undo themselves, once their additions are exact.
+
+Some solvers advance parts of a state in turns, each part by an increment that follows
+from the others alone. With additions that can be taken back to the bit, such a step is
+undone by taking them back in the opposite order: no twins, nothing to keep, and half
+the evaluations of a step of twins. So it was done in molecular dynamics (Levesque &
+Verlet, J. Stat. Phys. 72, 1993) and for planets (Rein & Tamayo, MNRAS 473, 2018).
+
+`diffrax.SemiImplicitEuler`, with `h` the control of a step and the parts `(y, z)`,
+
+    (SE1)  y1 = y + h f(t0, z)
+    (SE2)  z1 = z + h g(t0, y1)
+
+`diffrax.LeapfrogMidpoint`, whose parts are the state and the one before,
+
+    (LM)   y1 = y_{-1} + (t1 - t_{-1}) f(t0, y),        y_{-1} = y at the first step
+
+`diffrax.ReversibleHeun` (Kidger, Foster, Li & Lyons 2021, arXiv 2105.13493, algorithm
+1), also for stochastic equations, with the parts `(y, v)`: its
+
+    v1 = 2 y - v + h f(t0, v),    y1 = y + h (f(t0, v) + f(t1, v1))/2
+
+are, with `m` for the state in the middle of the step,
+
+    (RH1)  m  = y + h f(t0, v)/2
+    (RH2)  v1 = 2 m - v
+    (RH3)  y1 = m + h f(t1, v1)/2
+
+and the error estimate is half the difference of the two increments.
+
+In floating point what is taken back is off by a rounding; nothing magnifies that but
+the problem itself.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import diffrax as dfx
+import equinox as eqx
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import PyTree
+
+from .._numbers.arithmetic import AbstractArithmetic, FloatingPoint, State
+from .._numbers.schedule import AbstractSchedule, Count, Index, PerStep
+from .._xla.closure import closed
+from .control import Control, Leg, Time
+from .fields import Fields
+from .increment import AbstractIncrement, Advance, Core, check_like_state
+from .moves import (
+    AbstractMove,
+    Add,
+    Codes,
+    Context,
+    Cotangents,
+    Moves,
+    Otherwise,
+    Swap,
+    Trail,
+    add_trees,
+    take,
+)
+from .scheme import (
+    AbstractScheme,
+    CotangentsOfDense,
+    Dense,
+    Lost,
+    Span,
+    Step,
+    Values,
+)
+
+
+class VectorFields(AbstractIncrement):
+    """Vector fields times a control, evaluated at single points."""
+
+    contr: Callable
+    vf_prods: tuple[Callable, ...]
+    may_move: ClassVar[bool] = False
+
+    def core(self, leg: Leg, y: State, *, extends: bool, lanes: int = 1) -> Core:
+        increment = self.vf_prods[leg.which](leg.start, y, leg.control)
+        check_like_state(increment, y)
+        return Core(increment, (), None)
+
+    def extend(self, leg, y, core, *, error: bool, dense: bool) -> Advance:
+        return Advance(core.increment, None, None)
+
+    def close(self, t: Time, y: State) -> "VectorFields":
+        contr = closed(self.contr, t, t)
+        control = eqx.filter_eval_shape(self.contr, t, t)
+        states = y if len(self.vf_prods) == 2 else (y,)
+        # Of two, each reads the part that the other advances.
+        pairs = zip(self.vf_prods, states[::-1], strict=True)
+        vf_prods = tuple(closed(fn, t, part, control) for fn, part in pairs)
+        return VectorFields(contr, vf_prods)
+
+
+def field_of(terms: dfx.AbstractTerm, args: PyTree) -> VectorFields:
+    """The one of a single equation."""
+    prod = lambda t, y, control: terms.vf_prod(t, y, args, control)
+    return VectorFields(lambda t0, t1: terms.contr(t0, t1), (prod,))
+
+
+def fields_of_two(terms: tuple, args: PyTree) -> VectorFields:
+    """Those of two parts, each of which is driven by the other."""
+    first, second = terms
+    contr = lambda t0, t1: (first.contr(t0, t1), second.contr(t0, t1))
+    prods = (
+        lambda t, y, control: first.vf_prod(t, y, args, control[0]),
+        lambda t, y, control: second.vf_prod(t, y, args, control[1]),
+    )
+    return VectorFields(contr, prods)
+
+
+class AbstractNative(AbstractScheme):
+    """What schemes have in common of which nothing is shed and nothing drifts apart."""
+
+    arithmetic: eqx.AbstractVar[AbstractArithmetic]
+
+    @abc.abstractmethod
+    def fields(self, terms: PyTree[dfx.AbstractTerm], args: PyTree) -> VectorFields:
+        """What the moves evaluate."""
+
+    def rebase(self, codes: Codes, y0: State) -> Codes:
+        shift = jtu.tree_map(lambda a, b: a - b, y0, self.readout(codes))
+        return tuple(self.arithmetic.add(code, shift) for code in codes)
+
+    def step(
+        self,
+        fields: Fields | AbstractIncrement,
+        span: Span,
+        codes: Codes,
+        bits: Count,
+        *,
+        error: bool,
+        dense: bool,
+    ) -> Step:
+        control = fields.contr(*self.control_span(span))
+        context = Context(self.arithmetic, fields)
+        moves = self.moves(span, control, Lost(bits, 0))
+        codes1, cores = take(moves, context, codes)
+        estimate = self.estimate(cores) if error else None
+        info = dict(y0=self.readout(codes), y1=self.readout(codes1))
+        return Step(codes1, estimate, info, dfx.RESULTS.successful)
+
+    def estimate(self, cores: list) -> State | None:
+        """The error estimate, of what the moves met."""
+        return None
+
+    def dense(self, context: Context, moves: Moves, trail: Trail) -> Dense:
+        ends = trail.codes[0], trail.codes[-1]
+        readout = lambda _, codes: self.readout(codes)
+        y0, y1 = [context.each(readout, codes) for codes in ends]
+
+        def pull(ct_info):
+            cts = ct_info["y0"], ct_info["y1"]
+            return self.pulled_ends(context, moves, trail, cts)
+
+        return Dense(dict(y0=y0, y1=y1), pull)
+
+    def pulled_ends(
+        self, context: Context, moves: Moves, trail: Trail, cts: tuple[State, State]
+    ) -> CotangentsOfDense:
+        """The cotangents of the parts at both ends from those of the readouts."""
+        pull_readout = lambda _, ct, codes: self.pull_readout(ct, codes)
+        ends = trail.codes[0], trail.codes[-1]
+        start, end = [
+            context.each(pull_readout, ct, codes)
+            for ct, codes in zip(cts, ends, strict=True)
+        ]
+        nothing = [None] * len(moves)
+        otherwise = Otherwise([start, *nothing[1:], end], nothing)
+        return CotangentsOfDense(otherwise, None, None)
+
+    def empty_dense_info(self, y0: State) -> dict[str, Any]:
+        return dict(y0=y0, y1=y0)
+
+    @property
+    def sheds(self) -> bool:
+        return False
+
+    def schedule(self, start: Index, chosen: AbstractSchedule) -> AbstractSchedule:
+        return PerStep(0, 1, start)
+
+    def shed_bits(self, codes: Codes, bits: Count) -> None:
+        return None
+
+    @property
+    def amplification(self) -> float:
+        return 0.0
+
+    def mean(self, codes: Codes) -> State:
+        return self.readout(codes)
+
+
+class Reflect(AbstractMove):
+    """(RH2): the second part, reflected about the first; its own inverse."""
+
+    def take(self, context: Context, codes: Codes):
+        about, code = codes
+        return (about, context.arithmetic.reflect(code, about)), None  # (RH2)
+
+    def undo(self, context: Context, codes: Codes):
+        return self.take(context, codes)
+
+    def pull(self, context: Context, met, ct: Cotangents, ct_met=None):
+        about, reflected = ct.parts
+        twice = jtu.tree_map(lambda x: 2 * x, reflected)
+        negated = jtu.tree_map(lambda x: -x, reflected)
+        return ct._replace(parts=(add_trees(about, twice), negated)), None
+
+
+class SemiImplicitEuler(AbstractNative):
+    """(SE1), (SE2)."""
+
+    arithmetic: AbstractArithmetic
+    interpolation_cls: Callable = eqx.field(
+        static=True, default=dfx.SemiImplicitEuler.interpolation_cls
+    )
+
+    def fields(self, terms, args) -> VectorFields:
+        return fields_of_two(terms, args)
+
+    def start(self, y0: State) -> Codes:
+        return tuple(self.arithmetic.encode(part) for part in y0)
+
+    def read(self, values: Values) -> State:
+        return values
+
+    def rebase(self, codes: Codes, y0: State) -> Codes:
+        return rebased_by_part(self, codes, y0)
+
+    def moves(self, span: Span, control: Control, lost: Lost) -> Moves:
+        leg = Leg(span.start, span.end, np.float32(1), control)
+        first = Add(leg, into=0, reads=1)  # (SE1)
+        return first, Add(leg._replace(which=1), into=1, reads=0)  # (SE2)
+
+
+def rebased_by_part(scheme: AbstractScheme, codes: Codes, y0: State) -> Codes:
+    """`rebase` of a scheme whose parts are those of the state."""
+    shift = jtu.tree_map(lambda a, b: a - b, tuple(y0), scheme.decode(codes))
+    add = scheme.arithmetic.add
+    return tuple(add(code, by) for code, by in zip(codes, shift, strict=True))
+
+
+class LeapfrogMidpoint(AbstractNative):
+    """(LM)."""
+
+    arithmetic: AbstractArithmetic
+    interpolation_cls: Callable = eqx.field(
+        static=True, default=dfx.LeapfrogMidpoint.interpolation_cls
+    )
+    looks_back: ClassVar[bool] = True
+
+    def fields(self, terms, args) -> VectorFields:
+        return field_of(terms, args)
+
+    def start(self, y0: State) -> Codes:
+        code = self.arithmetic.encode(y0)
+        return code, code
+
+    def read(self, values: Values) -> State:
+        return values[1]
+
+    def control_span(self, span: Span) -> tuple[Time, Time]:
+        return span.before, span.end
+
+    def moves(self, span: Span, control: Control, lost: Lost) -> Moves:
+        leg = Leg(span.start, span.end, np.float32(1), control)
+        return Add(leg, into=0, reads=1), Swap()  # (LM)
+
+
+class ReversibleHeun(AbstractNative):
+    """(RH1), (RH2), (RH3)."""
+
+    arithmetic: AbstractArithmetic
+    interpolation_cls: Callable = eqx.field(
+        static=True, default=dfx.ReversibleHeun.interpolation_cls
+    )
+    estimates_error: ClassVar[bool] = True
+
+    def fields(self, terms, args) -> VectorFields:
+        return field_of(terms, args)
+
+    def start(self, y0: State) -> Codes:
+        code = self.arithmetic.encode(y0)
+        return code, code
+
+    def read(self, values: Values) -> State:
+        return values[0]
+
+    def moves(self, span: Span, control: Control, lost: Lost) -> Moves:
+        half = np.float32(0.5)
+        first = Leg(span.start, span.end, half, control)
+        last = Leg(span.end, span.end, half, control)
+        add = lambda leg: Add(leg, into=0, reads=1)
+        return add(first), Reflect(), add(last)
+
+    def estimate(self, cores: list) -> State:
+        first, _, last = [getattr(core, "increment", None) for core in cores]
+        return jtu.tree_map(lambda a, b: (b - a) / 2, first, last)
+
+
+def native_scheme(
+    solver: dfx.AbstractSolver, arithmetic: AbstractArithmetic
+) -> AbstractNative | None:
+    """That of a solver which undoes itself, else `None`. By exact type: a subclass may
+    step otherwise."""
+    of_diffrax: dict[type, Callable] = {
+        dfx.SemiImplicitEuler: SemiImplicitEuler,
+        dfx.LeapfrogMidpoint: LeapfrogMidpoint,
+        dfx.ReversibleHeun: ReversibleHeun,
+    }
+    if type(solver) in of_diffrax:
+        return of_diffrax[type(solver)](arithmetic)
+    make = getattr(type(solver), "reversible_scheme", None)
+    return None if make is None else make(solver, arithmetic)
+
+
+def undoes_itself(solver: dfx.AbstractSolver) -> bool:
+    return native_scheme(solver, FloatingPoint()) is not None

@@ -1,0 +1,257 @@
+"""One custom derivative rule around a whole solve.
+
+Forward it runs Diffrax's loop, `forward.py`, and keeps the final state and the times of
+the steps. Backward it walks the steps in reverse, `backward.py`, and checks that it
+arrives where the solve began, `certificate.py`.
+"""
+
+import functools as ft
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from .._numbers.schedule import Count, Index
+from .._schemes.fields import Lanes
+from .._schemes.moves import Codes, add_trees
+from .._schemes.scheme import Values
+from .._schemes.watch import Scale
+from .._xla.batching import Axes, batch_aware
+from .._xla.guard import forward_only
+from .backward import Carry, Parameters, Walk, walk_back, wide
+from .certificate import certificate, checked_tangents, round_trip
+from .clock import Clock
+from .cotangents import Outputs, outputs_of
+from .forward import Forward, run, run_for_derivative
+from .lane import Lane, make_lane, sum_over_lanes
+from .setup import CALL, Parts, Setup
+from .tape import Record
+
+
+class _Residuals(eqx.Module):
+    """What the backward pass needs of the forward pass."""
+
+    codes: Codes
+    record: Record
+    num_steps: Index
+    num_shed: Count
+    num_ts: list[Index]
+    t_final: Array
+    last_end: Array | None
+    """Where the last step that was made ended, if there is an event."""
+    outputs: Outputs
+    """The shapes of all but the parts of the state."""
+
+
+def _materialise(like: PyTree, ct: PyTree) -> PyTree[Array]:
+    """Zeros for symbolic zeros; `None` for what has no cotangent."""
+
+    def leaf(x, ct):
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return None
+        return jnp.zeros(x.shape, x.dtype) if ct is None else ct
+
+    return jtu.tree_map(leaf, like, ct)
+
+
+def _run(
+    parts: Parts, setup: Setup, perturbed: PyTree[bool], axes: Axes | None
+) -> Forward:
+    """The forward pass, or that of each lane."""
+    solve = run if perturbed is None else run_for_derivative
+    if axes is None:
+        return solve(parts, setup, perturbed=perturbed)
+    axes_fields = None
+    if perturbed is not None:
+        axes_fields = eqx.partition(axes.in_axes[0].increment, perturbed.increment)
+
+    def in_lane(parts, setup, lane):
+        lanes = Lanes(axes_fields, axes.name, lane)
+        return solve(parts, setup, perturbed=perturbed, lanes=lanes)
+
+    in_axes = (*axes.in_axes, 0)
+    vmapped = eqx.filter_vmap(in_lane, in_axes=in_axes, axis_name=axes.name)
+    return vmapped(parts, setup, jnp.arange(axes.size))
+
+
+@eqx.filter_custom_vjp
+def _solve(parts, *, setup: Setup, axes: Axes | None):
+    forward = _run(parts, setup, None, axes)
+    return forward.final_state, forward.aux_stats
+
+
+@_solve.def_fwd
+def _solve_fwd(perturbed, parts, *, setup: Setup, axes: Axes | None):
+    forward = _run(parts, setup, perturbed, axes)
+    final_state = forward.final_state
+    save_states = setup.save_states(final_state)
+    describe = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    residuals = _Residuals(
+        codes=forward.codes,
+        record=forward.record,
+        num_shed=forward.num_shed,
+        num_steps=jnp.asarray(final_state.num_accepted_steps),
+        num_ts=[jnp.asarray(s.saveat_ts_index) for s in save_states],
+        t_final=final_state.tprev,
+        last_end=final_state.event_tnext,
+        outputs=jtu.tree_map(describe, outputs_of(final_state, None)),
+    )
+    return (final_state, forward.aux_stats), residuals
+
+
+@_solve.def_bwd
+def _solve_bwd(residuals, ct_out, perturbed, parts, *, setup: Setup, axes: Axes | None):
+    return _walk_back_and_check(
+        residuals, ct_out, perturbed, parts, setup=setup, axes=axes
+    )
+
+
+def _walk_back_and_check(
+    residuals: _Residuals,
+    ct_out: PyTree,
+    perturbed: PyTree[bool],
+    parts: PyTree,
+    *,
+    setup: Setup,
+    axes: Axes | None,
+) -> PyTree:
+    """The cotangents of `parts`."""
+    ct_final_state, _ = ct_out
+    like = residuals.outputs._replace(codes=residuals.codes)
+    ct_outputs = outputs_of(ct_final_state, ct_final_state.solver_state.codes)
+    ct_outputs = _materialise(like, ct_outputs)
+    walk = _walk(residuals, ct_outputs, perturbed, parts, setup, axes)
+    codes0 = _in_each_lane(parts.codes, residuals, axes)
+    scheme = setup.scheme
+    ct_values = scheme.decode(ct_outputs.codes)
+    carry = _first_carry(walk, residuals, codes0, ct_values)
+    carry = walk_back(walk, carry, setup.backward_meter)
+
+    at_start = walk.each(Lane.pull_at_start, carry.codes, carry.saved)
+    ct_codes = scheme.cotangent(codes0, add_trees(carry.ct_values, at_start.values))
+    ct_clock: Any = walk.lane.clock_diff
+    if walk.lane.times:
+        ct_clock = add_trees(carry.ct_clock, walk.each(Lane.pull_t0, at_start.t))
+        ct_clock = _refuse_if_used(ct_final_state.controller_state, ct_clock)
+        pairs = zip(ct_clock.ts, carry.saved, strict=True)
+        ct_ts = [None if a is None else a + b.ct_ts for a, b in pairs]
+        ct_clock = eqx.tree_at(
+            lambda c: c.ts, ct_clock, ct_ts, is_leaf=lambda x: x is None
+        )
+    ct_fns = walk.add_fns(carry.ct_parameters.fns, at_start.fns)
+    ct = Parts(ct_codes, carry.ct_parameters.fields, ct_fns, ct_clock)
+    arrival = _Arrival(carry.codes, codes0, residuals.codes)
+    check = ft.partial(_check, setup.throw)
+    zeros = walk.each(check, arrival, carry.scale, carry.round_trips)
+    return jtu.tree_map(forward_only, _finish(ct, zeros, parts, axes))
+
+
+def _refuse_if_used(ct_controller_state: PyTree, ct_clock: Clock) -> Clock:
+    """The states of controllers have no derivatives with respect to times."""
+    leaves = jtu.tree_leaves(ct_controller_state)
+    used = jnp.stack([jnp.array(False), *(jnp.any(x != 0) for x in leaves)]).any()
+    return eqx.error_if(ct_clock, used, _CONTROLLER_STATE_USED)
+
+
+class _Arrival(NamedTuple):
+    """The state that a walk arrived at, the one that it should be, and the one that the
+    walk began with."""
+
+    found: Codes
+    true: Codes
+    final: Codes
+
+
+def _check(throw: bool, lane: Lane, arrival: _Arrival, scale: Scale, errors) -> Array:
+    """The certificate of one lane."""
+    found, true, final = arrival
+    last = round_trip(lane.scheme, found, true, scale)
+    errors = jtu.tree_map(jnp.maximum, errors, last) if errors else last
+    tolerance = lane.round_trip_tolerance
+    zero = certificate(tolerance, throw, lane.scheme, errors, final)
+    return checked_tangents(tolerance, true, found, zero, final)[1]
+
+
+def _walk(residuals, ct, perturbed, parts, setup: Setup, axes: Axes | None) -> Walk:
+    ends = residuals.num_steps, residuals.last_end
+    lane = make_lane(parts, setup, residuals.record, ct, ends, perturbed)
+    if axes is None:
+        return Walk(lane, None, None)
+    # Made in the same way of the axes of the same things.
+    axes_parts, axes_setup = axes.in_axes
+    record, ct, ends = jtu.tree_map(lambda _: 0, (residuals.record, ct, ends))
+    axes_lane = make_lane(axes_parts, axes_setup, record, ct, ends, perturbed)
+    return Walk(lane, axes_lane, axes.name)
+
+
+def _in_each_lane(codes0: Codes, residuals: _Residuals, axes: Axes | None) -> Codes:
+    """The initial state, copied into each lane if they all share it."""
+    if axes is None:
+        return codes0
+    like = lambda x, shape: jnp.broadcast_to(x, shape)
+    shapes = jtu.tree_map(lambda x: x.shape, residuals.codes)
+    return jtu.tree_map(like, codes0, shapes)
+
+
+def _first_carry(
+    walk: Walk, residuals: _Residuals, codes0: Codes, ct_values: Values
+) -> Carry:
+    """Where the walk begins: at the end, with what was saved there pulled back."""
+    codes1, num_steps, t_final = residuals.codes, residuals.num_steps, residuals.t_final
+    sizes = [walk.each(Lane.size, codes) for codes in (codes0, codes1)]
+    scale = jtu.tree_map(jnp.maximum, *sizes)
+    saved = walk.each(Lane.nothing_saved, residuals.num_ts)
+    at_end = walk.each(Lane.pull_at_end, codes1, saved, num_steps, t_final)
+    zeros = jtu.tree_map(lambda x: wide(jnp.zeros_like(x)), walk.lane.diff)
+    ct_fields, ct_fns = zeros
+    ct_clock: Any = None
+    if walk.lane.times:
+        ct_clock = walk.each(Lane.pull_time_after, num_steps, at_end.t)
+    return Carry(
+        num_steps=num_steps,
+        num_shed=residuals.num_shed,
+        codes=codes1,
+        ct_values=add_trees(ct_values, at_end.values),
+        ct_parameters=Parameters(ct_fields, walk.add_fns(ct_fns, at_end.fns)),
+        ct_clock=ct_clock,
+        saved=saved,
+        scale=scale,
+        round_trips=walk.each(Lane.no_errors_yet, scale),
+    )
+
+
+def _finish(ct: Parts, zeros: Array, parts: Parts, axes: Axes | None):
+    """The cotangents of `parts`, each hung on the certificate's zero of its lane."""
+    axes_parts = jtu.tree_map(lambda _: None, parts)
+    if axes is not None:
+        # (The others were summed on the way.)
+        axes_parts, _ = axes.in_axes
+        ct = ct._replace(
+            codes=sum_over_lanes(ct.codes, axes_parts.codes),
+            clock=sum_over_lanes(ct.clock, axes_parts.clock),
+        )
+
+    def leaf(x, axis, ct):
+        if ct is None:
+            return None
+        zero = zeros.sum() if axis is None else zeros.reshape(-1, *[1] * (ct.ndim - 1))
+        return ct.astype(x.dtype) + zero.astype(x.dtype)
+
+    return jtu.tree_map(leaf, parts, axes_parts, ct)
+
+
+_CONTROLLER_STATE_USED = (
+    "Resume without the `controller_state` that a solve returned, or with "
+    "`jax.lax.stop_gradient` of it: there are no derivatives through it with respect "
+    "to times (`t0`, `t1`, `dt0`, or others). `RecursiveCheckpointAdjoint` has them. "
+    f"({CALL})"
+)
+
+
+def solve(parts: Parts, setup: Setup) -> tuple[Any, dict]:
+    """Diffrax's final state and statistics, which may be differentiated by `parts`."""
+    in_lanes = lambda parts, setup, axes: _solve(parts, setup=setup, axes=axes)
+    return batch_aware(in_lanes)(parts, setup)
