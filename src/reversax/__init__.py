@@ -13,5 +13,11 @@ from ._schemes.coupling import (
     Symmetric as Symmetric,
 )
 from ._solver import Reversible as Reversible
+from ._symplectic import (
+    BlanesMoan6 as BlanesMoan6,
+    KahanLi8 as KahanLi8,
+    Verlet as Verlet,
+    Yoshida4 as Yoshida4,
+)
 
 __version__ = "0.1.0"

@@ -111,6 +111,11 @@ def brownian_paths(terms: PyTree) -> list[dfx.AbstractBrownianPath]:
     return [x for x in leaves if _is_brownian(x)]
 
 
+def is_of_time(term: dfx.AbstractTerm) -> bool:
+    """Whether nothing but time drives a term."""
+    return isinstance(_unwrapped(term)[0], dfx.ODETerm)
+
+
 def _has_brownian_control(term: dfx.AbstractTerm) -> bool:
     return _is_brownian(getattr(_unwrapped(term)[0], "control", None))
 

@@ -43,11 +43,11 @@ def add_trees(a: PyTree[Array], b: PyTree[Array]) -> PyTree[Array]:
 
 
 def add_some(a: PyTree[Array], b: Any) -> PyTree[Array]:
-    """`a`, with `b` added unless that is `None`; so for each part of a tuple."""
+    """`a`, with `b` added unless that is `None`: item by item of tuples and lists."""
     if b is None:
         return a
-    if type(b) is tuple:
-        return tuple(add_some(x, y) for x, y in zip(a, b, strict=True))
+    if type(b) in (tuple, list):
+        return type(b)(add_some(x, y) for x, y in zip(a, b, strict=True))
     return add_trees(a, b)
 
 

@@ -142,8 +142,22 @@ class AbstractNative(AbstractScheme):
         moves = self.moves(span, control, Lost(bits, 0))
         codes1, cores = take(moves, context, codes)
         estimate = self.estimate(cores) if error else None
-        info = dict(y0=self.readout(codes), y1=self.readout(codes1))
+        ends = codes, codes1
+        info = self.info(context, span, control, ends, dense=dense)
         return Step(codes1, estimate, info, dfx.RESULTS.successful)
+
+    def info(
+        self,
+        context: Context,
+        span: Span,
+        control: Control,
+        ends: tuple[Codes, Codes],
+        *,
+        dense: bool,
+    ) -> dict[str, Any]:
+        """The dense output of a step from one of the `ends` to the other."""
+        y0, y1 = map(self.readout, ends)
+        return dict(y0=y0, y1=y1)
 
     def estimate(self, cores: list) -> State | None:
         """The error estimate, of what the moves met."""
@@ -297,6 +311,19 @@ class ReversibleHeun(AbstractNative):
         last = Leg(span.end, span.end, half, control)
         add = lambda leg: Add(leg, into=0, reads=1)
         return add(first), Reflect(), add(last)
+
+    def info(
+        self,
+        context: Context,
+        span: Span,
+        control: Control,
+        ends: tuple[Codes, Codes],
+        *,
+        dense: bool,
+    ) -> dict[str, Any]:
+        """The dense output of a step from one of the `ends` to the other."""
+        y0, y1 = map(self.readout, ends)
+        return dict(y0=y0, y1=y1)
 
     def estimate(self, cores: list) -> State:
         first, _, last = [getattr(core, "increment", None) for core in cores]

@@ -1,0 +1,211 @@
+r"""Symmetric symplectic methods for separable problems.
+
+Of a problem with two parts, each driven by the other,
+
+    p' = f(t, q),        q' = g(t, p),
+
+such as Hamilton's equations with `H = T(p) + V(q)`, each part is advanced exactly while
+the other rests. A step of length `h` alternates `kicks` of `p` and `drifts` of `q`,
+
+    (K)    p += a_i h f(t_i, q),     i = 0 ... n,   t_i = t0 + (b_1 + ... + b_i) h
+    (D)    q += b_i h g(s_i, p),     i = 1 ... n,   s_i = t0 + (a_0 + ... + a_{i-1}) h
+
+beginning and ending with a kick. With `a_i = a_{n-i}` and `b_i = b_{n+1-i}` it is its
+own inverse with the sign of `h` changed, and its order is even. Time is a part of `q`
+in (K) and of `p` in (D), so that the order is that for an autonomous problem.
+
+`n = 1`, `a = (1/2, 1/2)`, `b = 1` is (SV), the method of Stormer and Verlet (Hairer,
+Lubich & Wanner, "Geometric Numerical Integration", 2nd edition, 2006, section I.1.4).
+Compositions of it with steps `w_1 h, ..., w_n h` have
+
+    (C)    b_i = w_i,        a_i = (w_i + w_{i+1})/2        (w_0 = w_{n+1} = 0).
+
+Between the ends of a step lies the cubic polynomial of Hermite, of third degree: it has
+the values and the derivatives of both ends.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import PyTree
+
+from .._numbers.arithmetic import AbstractArithmetic, State
+from .._xla.isolation import rounded_product
+from .control import Control, Leg, Time, is_of_time
+from .moves import (
+    Add,
+    Codes,
+    Context,
+    Moves,
+    Otherwise,
+    Repeated,
+    Trail,
+    add_trees,
+    row,
+)
+from .native import AbstractNative, VectorFields, fields_of_two, rebased_by_part
+from .scheme import CotangentsOfDense, Dense, Lost, Span, Values
+
+
+class HermiteInterpolation(dfx.ThirdOrderHermitePolynomialInterpolation):
+    """Diffrax's, also for the difference of two values of a tree."""
+
+    def evaluate(self, t0, t1=None, left: bool = True) -> PyTree:
+        if t1 is None:
+            return super().evaluate(t0, left=left)
+        start, end = super().evaluate(t0), super().evaluate(t1)
+        return jtu.tree_map(lambda a, b: b - a, start, end)
+
+
+class Separable(AbstractNative):
+    """(K), (D). The parts are `p` and `q`."""
+
+    arithmetic: AbstractArithmetic
+    kicks: tuple[float, ...] = eqx.field(static=True)
+    """`a_0, ..., a_n`."""
+    drifts: tuple[float, ...] = eqx.field(static=True)
+    """`b_1, ..., b_n`."""
+    interpolation_cls: Callable = eqx.field(static=True, default=HermiteInterpolation)
+
+    def fields(self, terms, args) -> VectorFields:
+        if not all(map(is_of_time, terms)):
+            raise TypeError(
+                "Pass a tuple of two terms `diffrax.ODETerm`: a symplectic method "
+                "divides each step into parts of its length, so that nothing but time "
+                "may drive the terms. (`reversax.Verlet` and others)"
+            )
+        return fields_of_two(terms, args)
+
+    def start(self, y0: State) -> Codes:
+        return tuple(self.arithmetic.encode(part) for part in y0)
+
+    def read(self, values: Values) -> State:
+        return values
+
+    def rebase(self, codes: Codes, y0: State) -> Codes:
+        return rebased_by_part(self, codes, y0)
+
+    def moves(self, span: Span, control: Control, lost: Lost) -> Moves:
+        reached_q = np.cumsum([0.0, *self.drifts])
+        reached_p = np.cumsum(self.kicks)
+        leg = lambda share, factor, which: Leg(
+            _between(span, share), span.end, np.asarray(factor), control, which
+        )
+        kicks = [leg(*x, 0) for x in zip(reached_q, self.kicks, strict=True)]
+        drifts = [leg(*x, 1) for x in zip(reached_p, self.drifts, strict=False)]
+        first, *later = [Add(kick, into=0, reads=1) for kick in kicks]  # (K)
+        drifts = [Add(drift, into=1, reads=0) for drift in drifts]  # (D)
+        if len(drifts) == 1:
+            return first, *drifts, *later
+        return first, Repeated((_stacked(drifts), _stacked(later)))
+
+    # Dense output.
+
+    def _legs_at(self, span: Span, control: Control) -> list[list[Leg]]:
+        """Where the derivatives are: at each end that of `p`, and that of `q`."""
+        one = np.float32(1)
+        leg = lambda t, which: Leg(t, span.end, one, control, which)
+        return [[leg(t, which) for which in (0, 1)] for t in (span.start, span.end)]
+
+    def info(
+        self,
+        context: Context,
+        span: Span,
+        control: Control,
+        ends: tuple[Codes, Codes],
+        *,
+        dense: bool,
+    ) -> dict[str, Any]:
+        y0, y1 = [self.decode(codes) for codes in ends]
+        if not dense:
+            return self.empty_dense_info(y0) | dict(y0=y0, y1=y1)
+        legs = self._legs_at(span, control)
+        core = lambda leg, y: context.fields.core(leg, y, extends=False).increment
+        k0, k1 = [
+            (core(of_p, q), core(of_q, p))
+            for (of_p, of_q), (p, q) in zip(legs, (y0, y1), strict=True)
+        ]
+        return dict(y0=y0, y1=y1, k0=k0, k1=k1)
+
+    def empty_dense_info(self, y0: State) -> dict[str, Any]:
+        zeros = jtu.tree_map(jnp.zeros_like, tuple(y0))
+        return dict(y0=tuple(y0), y1=tuple(y0), k0=zeros, k1=zeros)
+
+    def dense(self, context: Context, moves: Moves, trail: Trail) -> Dense:
+        ends = [self.decode(trail.codes[i]) for i in (0, -1)]
+        first, last = _first_and_last(moves)
+        evaluations = [
+            _derivatives(context, leg, values)
+            for leg, values in zip((first, last), ends, strict=True)
+        ]
+        k0, k1 = [(of_p.value[0], of_q.value[0]) for of_p, of_q in evaluations]
+
+        def pull(ct_info):
+            ct_p, pulled = None, []
+            cts = (ct_info["y0"], ct_info["k0"]), (ct_info["y1"], ct_info["k1"])
+            for (ct_y, ct_k), end in zip(cts, evaluations, strict=True):
+                ct_here, ct_leg, ct_y = _pull_derivatives(end, ct_k, ct_y)
+                ct_p = ct_here if ct_p is None else add_trees(ct_p, ct_here)
+                pulled.append((ct_leg, ct_y))
+            (ct_first, ct_y0), (ct_last, ct_y1) = pulled
+            nothing = [None] * len(moves)
+            otherwise = Otherwise([ct_y0, *nothing[1:], ct_y1], nothing)
+            ct_legs = _in_places(moves, ct_first, ct_last)
+            return CotangentsOfDense(otherwise, ct_p, ct_legs)
+
+        return Dense(dict(y0=ends[0], y1=ends[1], k0=k0, k1=k1), pull)
+
+
+def _first_and_last(moves: Moves) -> tuple[Leg, Leg]:
+    """The legs of the kicks at both ends of a step."""
+    first, last = moves[0].leg, moves[-1].leg
+    return first, row(last[1], -1) if isinstance(moves[-1], Repeated) else last
+
+
+def _in_places(moves: Moves, ct_first: Leg, ct_last: Leg) -> list:
+    """Cotangents of those legs, where they are among those of the moves."""
+    if not isinstance(moves[-1], Repeated):
+        return [ct_first, None, ct_last]
+    num = len(moves[-1].moves[1].leg.factor)
+    at_last = lambda x: jnp.zeros((num, *x.shape), x.dtype).at[-1].set(x)
+    return [ct_first, [None, jtu.tree_map(at_last, ct_last)]]
+
+
+def _derivatives(context: Context, leg: Leg, values: Values) -> tuple:
+    """`h f` and `h g` at one end of a step."""
+    p, q = values
+    leg = leg._replace(factor=np.float32(1))
+    evaluate = context.fields.evaluate
+    return evaluate(leg._replace(which=0), q), evaluate(leg._replace(which=1), p)
+
+
+def _pull_derivatives(end: tuple, ct_k: Values, ct_y: Values) -> tuple:
+    """The cotangents of parameters, of the leg and of the parts at an end."""
+    (of_p, of_q), (p, q) = end, ct_y
+    ct_p, ct_leg, ct_of_q = of_p.pull((ct_k[0], of_p.value[1]))[0]
+    more, ct_leg_too, ct_of_p = of_q.pull((ct_k[1], of_q.value[1]))[0]
+    ct_y = add_trees(p, ct_of_p), add_trees(q, ct_of_q)
+    return add_trees(ct_p, more), add_trees(ct_leg, ct_leg_too), ct_y
+
+
+def _between(span: Span, share: float) -> Time:
+    """With the same bits in both passes: the product is rounded by itself."""
+    if abs(share) < 1e-15:
+        return span.start
+    if abs(share - 1) < 1e-15:
+        return span.end
+    return span.start + rounded_product(share, span.end - span.start)
+
+
+def _stacked(moves: Sequence[Add]) -> Add:
+    """Moves of one kind, for [`Repeated`][]."""
+    is_array = lambda x: isinstance(x, jax.Array | np.ndarray)
+    parts = [eqx.partition(move, is_array) for move in moves]
+    arrays = jtu.tree_map(lambda *x: jnp.stack(x), *[a for a, _ in parts])
+    return eqx.combine(arrays, parts[0][1])
