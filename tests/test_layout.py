@@ -17,7 +17,7 @@ ROOMS = {
     "_numbers": "__init__ schedule arithmetic fixed_point",
     "_schemes": "__init__ control coupling problem increment fields moves scheme "
     "interpolation error_estimate twins native symplectic watch base",
-    "": "_solver _symplectic",
+    "": "_solver _symplectic schemes",
     "_walk": "__init__ clock times stepping tape observe event setup faults forward "
     "certificate cotangents lane backward rule",
     "top": "_adjoint _round_trip __init__",

@@ -239,6 +239,9 @@ Reversible.__init__.__doc__ = """**Arguments:**
 - `solver`: the base, any explicit one-step Diffrax solver. Runge-Kutta tableaus
     (`diffrax.Euler` and every `diffrax.AbstractERK`) take a fast path with unrolled
     stages; any other goes through its own `step`, begun afresh at each step.
+    `diffrax.SemiImplicitEuler`, `diffrax.LeapfrogMidpoint`, `diffrax.ReversibleHeun`,
+    [`reversax.Verlet`][] and its kin undo themselves: they are stepped as they are,
+    without twins, and no bit is kept.
 - `coupling`: how the twins are mixed, [`reversax.Symmetric`][] by default.
 - `arithmetic`: the numbers of the twins, by default [`reversax.FixedPoint`][], and
     [`reversax.FloatingPoint`][] for [`reversax.McCallumFoster`][], which allows no
@@ -248,8 +251,8 @@ Reversible.__init__.__doc__ = """**Arguments:**
     the last stage of the step before is. Solvers of Diffrax, and those whose steps read
     no such array, need no word.
 
-**Raises:** `ValueError` for an implicit base and for one that already advances two
-states (`ReversibleHeun`, `LeapfrogMidpoint`, `SemiImplicitEuler`, `Reversible`).
+**Raises:** `ValueError` for an implicit base, for `Reversible` itself, for a wrapper of
+a solver that undoes itself, and for a coupling beside such a solver.
 `TypeError` for anything that is no solver, coupling or arithmetic. `ValueError` for
 `FixedPoint` with `McCallumFoster`. When a solve begins:
 `TypeError` for a state that is not of floating-point arrays, `ValueError` for

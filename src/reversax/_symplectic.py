@@ -8,11 +8,34 @@ import diffrax as dfx
 import numpy as np
 
 from ._numbers.arithmetic import AbstractArithmetic, FloatingPoint
+from ._schemes.native import AbstractNative
 from ._schemes.scheme import Span
 from ._schemes.symplectic import HermiteInterpolation, Separable
 
 
-class AbstractSymplectic(dfx.AbstractSolver):
+class AbstractNativeSolver(dfx.AbstractSolver):
+    """A solver that undoes itself, for Diffrax, made of its scheme.
+
+    Use it as a base for your own, with parts that are those of the state: see
+    "Writing a scheme".
+    """
+
+    @abc.abstractmethod
+    def reversible_scheme(self, arithmetic: AbstractArithmetic) -> AbstractNative:
+        """How it steps; [`reversax.Reversible`][] asks for it."""
+
+    def init(self, terms, t0, t1, y0, args):
+        return None
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        del solver_state, made_jump
+        scheme = self.reversible_scheme(FloatingPoint())
+        fields, span, codes = scheme.fields(terms, args), Span(t0, t1), scheme.start(y0)
+        step = scheme.step(fields, span, codes, 0, error=False, dense=True)
+        return scheme.readout(step.codes), None, step.dense_info, None, step.result
+
+
+class AbstractSymplectic(AbstractNativeSolver):
     """What the symplectic solvers have in common."""
 
     term_structure: ClassVar = (dfx.AbstractTerm, dfx.AbstractTerm)
@@ -21,23 +44,8 @@ class AbstractSymplectic(dfx.AbstractSolver):
     kicks: ClassVar[tuple[float, ...]]
     drifts: ClassVar[tuple[float, ...]]
 
-    @abc.abstractmethod
-    def order(self, terms):
-        """Of the solution at the ends of steps."""
-
     def reversible_scheme(self, arithmetic: AbstractArithmetic) -> Separable:
-        """How it steps; [`reversax.Reversible`][] asks for it."""
         return Separable(arithmetic, self.kicks, self.drifts)
-
-    def init(self, terms, t0, t1, y0, args):
-        return None
-
-    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-        del solver_state, made_jump
-        scheme = self.reversible_scheme(FloatingPoint())
-        fields, span = scheme.fields(terms, args), Span(t0, t1)
-        step = scheme.step(fields, span, tuple(y0), 0, error=False, dense=True)
-        return step.codes, None, step.dense_info, None, step.result
 
     def func(self, terms, t0, y0, args):
         (first, second), (p, q) = terms, y0

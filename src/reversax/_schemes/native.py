@@ -123,9 +123,18 @@ class AbstractNative(AbstractScheme):
     def fields(self, terms: PyTree[dfx.AbstractTerm], args: PyTree) -> VectorFields:
         """What the moves evaluate."""
 
+    # The parts are those of the state, unless a scheme says otherwise.
+
+    def start(self, y0: State) -> Codes:
+        return tuple(self.arithmetic.encode(part) for part in y0)
+
+    def read(self, values: Values) -> State:
+        return values
+
     def rebase(self, codes: Codes, y0: State) -> Codes:
-        shift = jtu.tree_map(lambda a, b: a - b, y0, self.readout(codes))
-        return tuple(self.arithmetic.add(code, shift) for code in codes)
+        shift = jtu.tree_map(lambda a, b: a - b, tuple(y0), self.decode(codes))
+        add = self.arithmetic.add
+        return tuple(add(code, by) for code, by in zip(codes, shift, strict=True))
 
     def step(
         self,
@@ -237,36 +246,14 @@ class SemiImplicitEuler(AbstractNative):
     def fields(self, terms, args) -> VectorFields:
         return fields_of_two(terms, args)
 
-    def start(self, y0: State) -> Codes:
-        return tuple(self.arithmetic.encode(part) for part in y0)
-
-    def read(self, values: Values) -> State:
-        return values
-
-    def rebase(self, codes: Codes, y0: State) -> Codes:
-        return rebased_by_part(self, codes, y0)
-
     def moves(self, span: Span, control: Control, lost: Lost) -> Moves:
         leg = Leg(span.start, span.end, np.float32(1), control)
         first = Add(leg, into=0, reads=1)  # (SE1)
         return first, Add(leg._replace(which=1), into=1, reads=0)  # (SE2)
 
 
-def rebased_by_part(scheme: AbstractScheme, codes: Codes, y0: State) -> Codes:
-    """`rebase` of a scheme whose parts are those of the state."""
-    shift = jtu.tree_map(lambda a, b: a - b, tuple(y0), scheme.decode(codes))
-    add = scheme.arithmetic.add
-    return tuple(add(code, by) for code, by in zip(codes, shift, strict=True))
-
-
-class LeapfrogMidpoint(AbstractNative):
-    """(LM)."""
-
-    arithmetic: AbstractArithmetic
-    interpolation_cls: Callable = eqx.field(
-        static=True, default=dfx.LeapfrogMidpoint.interpolation_cls
-    )
-    looks_back: ClassVar[bool] = True
+class AbstractTwice(AbstractNative):
+    """Of one equation, with two parts that are both shaped like the state."""
 
     def fields(self, terms, args) -> VectorFields:
         return field_of(terms, args)
@@ -274,6 +261,20 @@ class LeapfrogMidpoint(AbstractNative):
     def start(self, y0: State) -> Codes:
         code = self.arithmetic.encode(y0)
         return code, code
+
+    def rebase(self, codes: Codes, y0: State) -> Codes:
+        shift = jtu.tree_map(lambda a, b: a - b, y0, self.readout(codes))
+        return tuple(self.arithmetic.add(code, shift) for code in codes)
+
+
+class LeapfrogMidpoint(AbstractTwice):
+    """(LM)."""
+
+    arithmetic: AbstractArithmetic
+    interpolation_cls: Callable = eqx.field(
+        static=True, default=dfx.LeapfrogMidpoint.interpolation_cls
+    )
+    looks_back: ClassVar[bool] = True
 
     def read(self, values: Values) -> State:
         return values[1]
@@ -286,7 +287,7 @@ class LeapfrogMidpoint(AbstractNative):
         return Add(leg, into=0, reads=1), Swap()  # (LM)
 
 
-class ReversibleHeun(AbstractNative):
+class ReversibleHeun(AbstractTwice):
     """(RH1), (RH2), (RH3)."""
 
     arithmetic: AbstractArithmetic
@@ -294,13 +295,6 @@ class ReversibleHeun(AbstractNative):
         static=True, default=dfx.ReversibleHeun.interpolation_cls
     )
     estimates_error: ClassVar[bool] = True
-
-    def fields(self, terms, args) -> VectorFields:
-        return field_of(terms, args)
-
-    def start(self, y0: State) -> Codes:
-        code = self.arithmetic.encode(y0)
-        return code, code
 
     def read(self, values: Values) -> State:
         return values[0]

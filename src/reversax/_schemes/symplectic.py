@@ -49,7 +49,7 @@ from .moves import (
     add_trees,
     row,
 )
-from .native import AbstractNative, VectorFields, fields_of_two, rebased_by_part
+from .native import AbstractNative, VectorFields, fields_of_two
 from .scheme import CotangentsOfDense, Dense, Lost, Span, Values
 
 
@@ -81,15 +81,6 @@ class Separable(AbstractNative):
                 "may drive the terms. (`reversax.Verlet` and others)"
             )
         return fields_of_two(terms, args)
-
-    def start(self, y0: State) -> Codes:
-        return tuple(self.arithmetic.encode(part) for part in y0)
-
-    def read(self, values: Values) -> State:
-        return values
-
-    def rebase(self, codes: Codes, y0: State) -> Codes:
-        return rebased_by_part(self, codes, y0)
 
     def moves(self, span: Span, control: Control, lost: Lost) -> Moves:
         reached_q = np.cumsum([0.0, *self.drifts])
