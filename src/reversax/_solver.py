@@ -120,27 +120,7 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
         self.arithmetic = arithmetic
 
     def __check_init__(self):
-        _check_base(self.solver)
-        for name, cls, example in (
-            ("coupling", AbstractCoupling, "Symmetric"),
-            ("arithmetic", AbstractArithmetic, "FixedPoint"),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, cls):
-                raise TypeError(
-                    f"Pass one from reversax, such as `reversax.{example}()`, as "
-                    f"`reversax.Reversible(..., {name}=...)`: {value!r} is no {name}."
-                )
-        if self.arithmetic.exact and not self.coupling.halves:
-            raise ValueError(
-                "Use `coupling=reversax.Symmetric()` with "
-                "`arithmetic=reversax.FixedPoint(...)`, or "
-                "`arithmetic=reversax.FloatingPoint()` with "
-                "`coupling=reversax.McCallumFoster(...)`, the published method: each "
-                "of its steps multiplies one twin by the coupling parameter, which "
-                "loses a fraction of a bit that would have to be kept, and leaves a "
-                "remainder. (`reversax.Reversible(...)`)"
-            )
+        _check_arguments(self)
 
     @property
     def scheme(self) -> AbstractScheme:
@@ -260,6 +240,30 @@ a solver that undoes itself, and for a coupling beside such a solver.
 steps read what earlier ones left. During a solve: `equinox.EquinoxRuntimeError` for a
 base of which a step of no length does not return its state.
 """
+
+
+def _check_arguments(solver: Reversible) -> None:
+    _check_base(solver.solver)
+    for name, cls, example in (
+        ("coupling", AbstractCoupling, "Symmetric"),
+        ("arithmetic", AbstractArithmetic, "FixedPoint"),
+    ):
+        value = getattr(solver, name)
+        if not isinstance(value, cls):
+            raise TypeError(
+                f"Pass one from reversax, such as `reversax.{example}()`, as "
+                f"`reversax.Reversible(..., {name}=...)`: {value!r} is no {name}."
+            )
+    if solver.arithmetic.exact and not solver.coupling.halves:
+        raise ValueError(
+            "Use `coupling=reversax.Symmetric()` with "
+            "`arithmetic=reversax.FixedPoint(...)`, or "
+            "`arithmetic=reversax.FloatingPoint()` with "
+            "`coupling=reversax.McCallumFoster(...)`, the published method: each "
+            "of its steps multiplies one twin by the coupling parameter, which "
+            "loses a fraction of a bit that would have to be kept, and leaves a "
+            "remainder. (`reversax.Reversible(...)`)"
+        )
 
 
 def first_state(scheme: AbstractScheme, t0: Time, y0: State) -> ReversibleState:

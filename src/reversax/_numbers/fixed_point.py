@@ -18,8 +18,10 @@ signed, `low` is not; sums wrap, as two's complement does. All scalings are by p
 two, hence exact, so that compiling them in another way (fused, say) changes no bit.
 """
 
+import dataclasses
 import functools as ft
 import math
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -124,29 +126,11 @@ def _as_largest(value: Any) -> float | None:
     return float(value)
 
 
-class FixedPoint(AbstractArithmetic):
-    """The twins as integers of two machine words: what is added can be taken back to
-    the bit.
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """(Q), for a largest number that was given or not."""
 
-    This is the default, and makes reversing exact for any vector field, however
-    contracting. The integers are multiples of a fixed step `q`, so that small numbers
-    have fewer digits: by default `q` is 2.3e-13 and the range 2.1e6 for single
-    precision, which suits states between 1e-6 and 1e6 in size, and 8.3e-25 and 1.4e14
-    for double. For other sizes give `largest`. It is the wrong choice for a state whose
-    elements span more than that, and for half precision gains nothing over single.
-
-    A solve whose state leaves the range, or is not finite, has the result
-    `diffrax.RESULTS.nonfinite`; a controller that adapts steps rejects such a step.
-
-    Differentiation takes it for the identity (integers have no derivative, and the
-    rounding to multiples of `q` is of the size of other round-off).
-    """
-
-    largest: float | None = eqx.field(default=None, converter=_as_largest, static=True)
-
-    @property
-    def exact(self) -> bool:
-        return True
+    largest: float | None
 
     def exponent(self, dtype: Any) -> int:
         """`largest = 2**exponent` for states of this dtype.
@@ -174,7 +158,7 @@ class FixedPoint(AbstractArithmetic):
         scale = lambda k: np.asarray(2.0**k, wide)
         return scale(exponent + 1 - word), scale(exponent + 1 - 2 * word), wide
 
-    def _words(self, x: Array) -> Words:
+    def words(self, x: Array) -> Words:
         """The nearest integer to `x/q`, (Q)."""
         unit, _, wide = self._scales(x.dtype)
         word = _word(x.dtype)
@@ -189,7 +173,7 @@ class FixedPoint(AbstractArithmetic):
         low = jnp.where(negative, -magnitude, magnitude)
         return high.astype(signed) - negative.astype(signed), low
 
-    def _value(self, words: Words, dtype: Any) -> Array:
+    def value(self, words: Words, dtype: Any) -> Array:
         high, low = words
         unit_high, unit_low, wide = self._scales(dtype)
         # With `low` in [-2**(W-1), 2**(W-1)) small negative numbers keep their digits.
@@ -197,6 +181,45 @@ class FixedPoint(AbstractArithmetic):
         high = high - (rest >> (_word(dtype) - 1))
         value = high.astype(wide) * unit_high + rest.astype(wide) * unit_low
         return _whole(value, dtype)
+
+    def exactly(self, words: Words, value: Array) -> tuple[Words, Array]:
+        """The words, and their value, differentiated as one that it rounds."""
+        exact = self.value(words, value.dtype)
+        exact = jnp.where(jnp.isnan(value), jnp.nan, exact)
+        return words, with_derivative_of(value, exact)
+
+
+class FixedPoint(AbstractArithmetic):
+    """The twins as integers of two machine words: what is added can be taken back to
+    the bit.
+
+    This is the default, and makes reversing exact for any vector field, however
+    contracting. The integers are multiples of a fixed step `q`, so that small numbers
+    have fewer digits: by default `q` is 2.3e-13 and the range 2.1e6 for single
+    precision, which suits states between 1e-6 and 1e6 in size, and 8.3e-25 and 1.4e14
+    for double. For other sizes give `largest`. It is the wrong choice for a state whose
+    elements span more than that, and for half precision gains nothing over single.
+
+    A solve whose state leaves the range, or is not finite, has the result
+    `diffrax.RESULTS.nonfinite`; a controller that adapts steps rejects such a step.
+
+    Differentiation takes it for the identity (integers have no derivative, and the
+    rounding to multiples of `q` is of the size of other round-off).
+    """
+
+    largest: float | None = eqx.field(default=None, converter=_as_largest, static=True)
+
+    @property
+    def exact(self) -> bool:
+        return True
+
+    @property
+    def _scale(self) -> "Scale":
+        return Scale(self.largest)
+
+    def exponent(self, dtype: Any) -> int:
+        """`largest = 2**exponent` for states of this dtype."""
+        return self._scale.exponent(dtype)
 
     def _number(
         self, words: Words, value: Array, before: "Number | None", addend: Array
@@ -212,7 +235,7 @@ class FixedPoint(AbstractArithmetic):
         constant = lambda x: _parts(lax.stop_gradient(x))
         inside = [jnp.abs(constant(x)) < largest for x in (value, addend)]
         inside = ft.reduce(jnp.logical_and, inside)
-        exact = _parts(self._value(words, value.dtype))
+        exact = _parts(self._scale.value(words, value.dtype))
         exact = _whole(jnp.where(inside, exact, jnp.nan), value.dtype)
         high, low = words
         why = jnp.isfinite(constant(addend)).astype(high.dtype)
@@ -223,22 +246,22 @@ class FixedPoint(AbstractArithmetic):
         return Number(high, low, with_derivative_of(value, exact))
 
     def encode(self, y: State) -> Code:
-        return jtu.tree_map(lambda x: self._number(self._words(x), x, None, x), y)
+        return jtu.tree_map(lambda x: self._number(self._scale.words(x), x, None, x), y)
 
     def decode(self, code: Code) -> State:
         return jtu.tree_map(lambda x: x.value, code, is_leaf=_is_number)
 
     def add(self, code: Code, increment: State) -> Code:
-        def leaf(x, d):
-            words = _plus((x.high, x.low), self._words(lax.stop_gradient(d)))
-            return self._number(words, x.value + d, x, d)  # (A)
-
-        return jtu.tree_map(leaf, code, increment, is_leaf=_is_number)
+        return self._moved(_plus, code, increment)
 
     def subtract(self, code: Code, increment: State) -> Code:
+        return self._moved(_minus, code, increment)
+
+    def _moved(self, by: Callable, code: Code, increment: State) -> Code:
         def leaf(x, d):
-            words = _minus((x.high, x.low), self._words(lax.stop_gradient(d)))
-            return self._number(words, x.value - d, x, d)  # (A)
+            words = by((x.high, x.low), self._scale.words(lax.stop_gradient(d)))
+            value = x.value + d if by is _plus else x.value - d
+            return self._number(words, value, x, d)  # (A)
 
         return jtu.tree_map(leaf, code, increment, is_leaf=_is_number)
 
@@ -276,10 +299,7 @@ class FixedPoint(AbstractArithmetic):
     def double_gap(
         self, y: Code, z: Code, halvings: Count, shed_bits: Any
     ) -> tuple[Code, Code]:
-        def exactly(words, value):
-            exact = self._value(words, value.dtype)
-            exact = jnp.where(jnp.isnan(value), jnp.nan, exact)
-            return words, with_derivative_of(value, exact)
+        exactly = self._scale.exactly
 
         def leaf(y, z, bits):
             a, b = (y.high, y.low), (z.high, z.low)
@@ -290,11 +310,13 @@ class FixedPoint(AbstractArithmetic):
             c = _minus(g, upper)  # (H2)
             factor = power_of_two(halvings, y.value.dtype)
             # From the integers: the halved gap has lost the digits of its value.
-            gap = scaled(self._value(g, y.value.dtype), 2)
+            gap = scaled(self._scale.value(g, y.value.dtype), 2)
             move = scaled(y.value - z.value, (factor - 1) / 2)
             return (
                 self._number(*exactly(_plus(a, c), y.value + move), y, gap),
-                self._number(*exactly(_minus(b, c), z.value - move), z, gap),
+                self._number(
+                    *self._scale.exactly(_minus(b, c), z.value - move), z, gap
+                ),
             )
 
         return _unzip(jtu.tree_map(leaf, y, z, shed_bits, is_leaf=_is_number))
@@ -308,7 +330,7 @@ class FixedPoint(AbstractArithmetic):
         def leaf(a, b):
             words = _minus((a.high, a.low), (b.high, b.low))
             dtype = a.value.dtype
-            value = _parts(self._value(words, dtype))
+            value = _parts(self._scale.value(words, dtype))
             # Half precision has no number as small as a unit.
             same = (a.high == b.high) & (a.low == b.low)
             value = jnp.where(~same & (value == 0), jnp.finfo(dtype).tiny, value)

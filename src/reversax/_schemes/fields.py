@@ -67,7 +67,7 @@ class Fields(eqx.Module):
         """The control of a step."""
         if not self.isolated:
             return eqx.combine(self.diff, self.nondiff).contr(t0, t1)
-        evaluation = self._of_lane("evaluate_control", t0, t1)
+        evaluation = _of_lane(self, "evaluate_control", t0, t1)
         return eqx.combine(evaluation.value, evaluation.other)
 
     def core(self, leg: Leg, y: State, *, extends: bool) -> Core:
@@ -75,7 +75,7 @@ class Fields(eqx.Module):
         if not self.isolated:
             increment = eqx.combine(self.diff, self.nondiff)
             return increment.core(leg, y, extends=extends)
-        evaluation = self._of_lane("evaluate", leg, y)
+        evaluation = _of_lane(self, "evaluate", leg, y)
         (increment, inexact), (other, result) = evaluation.value, evaluation.other
         return Core(increment, eqx.combine(inexact, other), result)
 
@@ -178,49 +178,50 @@ class Fields(eqx.Module):
             return evaluate(fn, x, rest)
         return evaluate_isolated(fn, x, rest, run_time)
 
-    def _of_lane(self, method: str, *args) -> Evaluation:
-        """`self.method(*args)` of one lane, without its pull-back. It becomes that of
-        all lanes as soon as `vmap` is applied: just as the backward pass evaluates it,
-        not what `vmap` would make of the evaluation in one lane."""
-        if self.axes is None:
-            return getattr(self, method)(*args)
-        is_none = lambda x: x is None
-        everything = (self.diff, self.nondiff, list(args))
-        arrays, static = eqx.partition(everything, eqx.is_array)
-        axes = (*self.axes, [_axes_of(x) for x in arrays[2]])
-        # Axes are looked up by position: trees of `None`s and arrays match no others.
-        flat_axes = [
-            axis
-            for axis, x in zip(
-                jtu.tree_leaves(axes, is_leaf=is_none),
-                jtu.tree_leaves(arrays, is_leaf=is_none),
-                strict=True,
-            )
-            if x is not None
-        ]
-        flat, treedef = jtu.tree_flatten(arrays)
-        noted: list = []
 
-        def run(axes, flat):
-            diff, nondiff, args = eqx.combine(treedef.unflatten(flat), static)
-            options = (self.isolated, self.error, self.dense, self.times)
-            fields = Fields(diff, nondiff, axes, self.axis_name, *options)
-            evaluation = getattr(fields, method)(*args)._replace(pull=None)
-            arrays, others = eqx.partition(evaluation, eqx.is_array)
-            noted.append(others)
-            return arrays
+def _of_lane(fields: Fields, method: str, *args) -> Evaluation:
+    """`method(*args)` of one lane, without its pull-back. It becomes that of
+    all lanes as soon as `vmap` is applied: just as the backward pass evaluates it,
+    not what `vmap` would make of the evaluation in one lane."""
+    if fields.axes is None:
+        return getattr(fields, method)(*args)
+    is_none = lambda x: x is None
+    everything = (fields.diff, fields.nondiff, list(args))
+    arrays, static = eqx.partition(everything, eqx.is_array)
+    axes = (*fields.axes, [_axes_of(x) for x in arrays[2]])
+    # Axes are looked up by position: trees of `None`s and arrays match no others.
+    flat_axes = [
+        axis
+        for axis, x in zip(
+            jtu.tree_leaves(axes, is_leaf=is_none),
+            jtu.tree_leaves(arrays, is_leaf=is_none),
+            strict=True,
+        )
+        if x is not None
+    ]
+    flat, treedef = jtu.tree_flatten(arrays)
+    noted: list = []
 
-        of_lane = jax.custom_batching.custom_vmap(lambda _, *flat: run(None, flat))
+    def run(axes, flat):
+        diff, nondiff, args = eqx.combine(treedef.unflatten(flat), static)
+        options = (fields.isolated, fields.error, fields.dense, fields.times)
+        same = Fields(diff, nondiff, axes, fields.axis_name, *options)
+        evaluation = getattr(same, method)(*args)._replace(pull=None)
+        arrays, others = eqx.partition(evaluation, eqx.is_array)
+        noted.append(others)
+        return arrays
 
-        # With the lane among its arguments, so that lanes that share all the others (a
-        # control, at times of all) are not left for the next axis to be taken for them.
-        @of_lane.def_vmap
-        def of_all_lanes(size, batched, _, *flat):
-            leaves = zip(flat, flat_axes, batched[1:], strict=True)
-            arrays = run(self.axes, [_in_each(size, *x) for x in leaves])
-            return arrays, jtu.tree_map(lambda _: True, arrays)
+    of_lane = jax.custom_batching.custom_vmap(lambda _, *flat: run(None, flat))
 
-        return eqx.combine(of_lane(self.lane, *flat), noted[-1])
+    # With the lane among its arguments, so that lanes that share all the others (a
+    # control, at times of all) are not left for the next axis to be taken for them.
+    @of_lane.def_vmap
+    def of_all_lanes(size, batched, _, *flat):
+        leaves = zip(flat, flat_axes, batched[1:], strict=True)
+        arrays = run(fields.axes, [_in_each(size, *x) for x in leaves])
+        return arrays, jtu.tree_map(lambda _: True, arrays)
+
+    return eqx.combine(of_lane(fields.lane, *flat), noted[-1])
 
 
 def _axes_of(x: PyTree[Array]) -> Axes:

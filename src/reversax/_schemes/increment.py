@@ -269,7 +269,11 @@ class TableauIncrement(AbstractIncrement):
         control = eqx.filter_eval_shape(self.contr, t, t)
         vf_prod = closed(self.vf_prod, t, y, control)
         return TableauIncrement(
-            *(contr, vf_prod, self.tableau, self.keeps_stages, _written_from(vf_prod))
+            contr=contr,
+            vf_prod=vf_prod,
+            tableau=self.tableau,
+            keeps_stages=self.keeps_stages,
+            writes_from=_written_from(vf_prod),
         )
 
 

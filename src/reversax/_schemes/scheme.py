@@ -20,23 +20,10 @@ from jaxtyping import Array, Bool, PyTree, UInt32
 
 from .._numbers.arithmetic import AbstractArithmetic, State
 from .._numbers.schedule import AbstractSchedule, Count, Index
-from .._xla.isolation import Evaluation
-from .control import Control, Leg, Time
+from .control import Control, Time
 from .fields import Fields
 from .increment import AbstractIncrement
-from .moves import (
-    Codes,
-    Context,
-    Cotangents,
-    Moves,
-    Otherwise,
-    Trail,
-    add_some,
-    add_trees,
-    pull,
-    undo,
-    undo_and_pull,
-)
+from .moves import Codes, Context, Moves, Otherwise, Trail
 
 Values = tuple[State, ...]
 """Of a state's parts."""
@@ -67,27 +54,6 @@ class Step(NamedTuple):
     """The error estimate, shaped like `y`; `None` if none was asked for."""
     dense_info: dict[str, Any]
     result: dfx.RESULTS
-
-
-class Undoing(NamedTuple):
-    """A step about to be undone, of all lanes."""
-
-    span: Span
-    lost: Lost
-    codes: Codes
-    """At its end, as the cotangents are."""
-    ct: Cotangents
-
-
-class Undone(NamedTuple):
-    """The same at its start."""
-
-    codes: Codes
-    ct: Cotangents
-    ct_span: Span | None
-    """If the times are differentiated."""
-    observed: Any
-    """What else was returned by `observe`."""
 
 
 class Dense(NamedTuple):
@@ -241,69 +207,3 @@ class AbstractScheme(eqx.Module):
     def outgrown(self, codes: Codes) -> Bool[Array, ""]:
         """Whether a part was lost because it became too large."""
         return self.arithmetic.outgrown(codes)
-
-    def undo(self, context: Context, undoing: Undoing) -> Codes:
-        """The parts at the start of a step, without cotangents."""
-        evaluation = context.fields.evaluate_control(*self.control_span(undoing.span))
-        control = eqx.combine(evaluation.value, evaluation.other)
-        moves = self.moves(undoing.span, control, undoing.lost)
-        return undo(moves, context, undoing.codes).codes[0]
-
-    def undo_and_pull(
-        self, context: Context, undoing: Undoing, observe: Callable | None
-    ) -> Undone:
-        """Undoes a step and pulls its cotangents back.
-
-        If there is something to `observe` inside it, all is undone first: `observe`
-        is given the parts at the start and the dense output, and returns the cotangents
-        of this and of the times, by what was observed.
-        """
-        fields, span = context.fields, undoing.span
-        evaluation = fields.evaluate_control(*self.control_span(span))
-        moves, pull_legs = self._moves_and_pull(fields, undoing, evaluation)
-        codes1, ct, observed = undoing.codes, undoing.ct, None
-        if observe is None:
-            codes0, ct, ct_legs = undo_and_pull(moves, context, codes1, ct)
-        else:
-            trail = undo(moves, context, codes1)
-            codes0, dense = trail.codes[0], self.dense(context, moves, trail)
-            ct_info, observed = observe(codes0, dense.info)
-            more = dense.pull(ct_info)
-            ct = ct._replace(parameters=add_some(ct.parameters, more.parameters))
-            ct, ct_legs = pull(moves, context, trail, ct, more.otherwise)
-            ct_legs = add_some(ct_legs, more.legs)
-        if not fields.pulls_control:
-            return Undone(codes0, ct, None, observed)
-        ct_span, ct_control = pull_legs(ct_legs)[0]
-        ct_contr, ct_times = evaluation.pull(ct_control)[0]
-        if jtu.tree_leaves(ct_contr):
-            ct_contr = add_trees(ct.parameters.contr, ct_contr)
-            parameters = eqx.tree_at(lambda p: p.contr, ct.parameters, ct_contr)
-            ct = ct._replace(parameters=parameters)
-        if ct_times is None:
-            return Undone(codes0, ct, None, observed)
-        _, pull_span = jax.vjp(self.control_span, span)
-        ct_span = add_trees(ct_span, pull_span(ct_times)[0])
-        return Undone(codes0, ct, ct_span, observed)
-
-    def _moves_and_pull(
-        self, fields: Fields, undoing: Undoing, evaluation: Evaluation
-    ) -> tuple[Moves, Callable | None]:
-        """The moves of a step, and the pull-back of what of their legs is
-        differentiated: to the times, if these are, and to the control."""
-
-        def make(varied):
-            span, value = varied
-            control = eqx.combine(value, evaluation.other)
-            span = undoing.span if span is None else span
-            moves = self.moves(span, control, undoing.lost)
-            is_leg = lambda x: isinstance(x, Leg)
-            varied = lambda leg: fields.varied(leg)[0]
-            legs = [move.leg for move in moves]
-            return jtu.tree_map(varied, legs, is_leaf=is_leg), moves
-
-        span = jtu.tree_map(jnp.asarray, undoing.span) if fields.times else None
-        if not fields.pulls_control:
-            return make((None, evaluation.value))[1], None
-        _, pull_legs, moves = jax.vjp(make, (span, evaluation.value), has_aux=True)
-        return moves, pull_legs

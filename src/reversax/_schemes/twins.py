@@ -175,44 +175,7 @@ class Twins(AbstractScheme):
         return jtu.tree_map(lost, estimate, readout1)
 
     def dense(self, context: Context, moves: Moves, trail: Trail) -> Dense:
-        (codes0, mixed, codes1), (_, (evaluations, _)) = trail
-        first, z = row(evaluations, 0), self.arithmetic.decode(mixed[1])
-        leg = row(moves[1].leg[0], 0)
-        base = context.fields.dense_info(leg, z, first)
-        readout = lambda _, codes: self.readout(codes)
-        ends = StepEnds(
-            context.each(readout, codes0),
-            context.each(readout, codes1),
-            z,
-            first.value[0],
-            eqx.combine(base.value, base.other),
-        )
-
-        def pull(ct_info):
-            return self._pull_dense(context, ends, ct_info, trail, base.pull)
-
-        return Dense(dense_info(ends), pull)
-
-    def _pull_dense(
-        self, context: Context, ends: StepEnds, ct_info, trail: Trail, pull_base
-    ) -> CotangentsOfDense:
-        inexact = lambda tree: eqx.filter(tree, eqx.is_inexact_array)
-        _, pull_ends = eqx.filter_vjp(lambda e: inexact(dense_info(e)), ends)
-        ct_ends = inexact(pull_ends(ct_info)[0])
-        ct_p, ct_leg, ct_z, ct_value = pull_base(ct_ends.base_dense_info)[0]
-        ct_increment, ct_rest = ct_value
-        ct_value = add_some(ct_increment, ct_ends.increment), ct_rest
-        # Of the first of the halves alone.
-        stacked = lambda x: jnp.stack([x, jnp.zeros_like(x)])
-        ct_values, ct_legs = jtu.tree_map(stacked, (ct_value, ct_leg))
-        pull_readout = lambda _, ct, codes: self.pull_readout(ct, codes)
-        ct_parts = [
-            context.each(pull_readout, ct_ends.readout0, trail.codes[0]),
-            (None, add_some(ct_z, ct_ends.z)),
-            context.each(pull_readout, ct_ends.readout1, trail.codes[2]),
-        ]
-        otherwise = Otherwise(ct_parts, [None, [ct_values, None]])
-        return CotangentsOfDense(otherwise, ct_p, [None, [ct_legs, None]])
+        return _dense_of(self, context, moves, trail)
 
     def empty_dense_info(self, y0: State) -> dict[str, Any]:
         zeros = jtu.tree_map(jnp.zeros_like, y0)
@@ -257,6 +220,42 @@ class Twins(AbstractScheme):
     def driven_apart(self, needed: float, adaptive: bool) -> str:
         symmetric = isinstance(self.coupling, Symmetric)
         return _driven_apart(symmetric, needed, adaptive)
+
+
+def _dense_of(scheme: Twins, context: Context, moves: Moves, trail: Trail) -> Dense:
+    (codes0, mixed, codes1), (_, (evaluations, _)) = trail
+    first, z = row(evaluations, 0), scheme.arithmetic.decode(mixed[1])
+    base = context.fields.dense_info(row(moves[1].leg[0], 0), z, first)
+    readout = lambda _, codes: scheme.readout(codes)
+    readout0, readout1 = [context.each(readout, x) for x in (codes0, codes1)]
+    info = eqx.combine(base.value, base.other)
+    ends = StepEnds(
+        readout0=readout0,
+        readout1=readout1,
+        z=z,
+        increment=first.value[0],
+        base_dense_info=info,
+    )
+    inexact = lambda tree: eqx.filter(tree, eqx.is_inexact_array)
+    pull_readout = lambda _, ct, codes: scheme.pull_readout(ct, codes)
+
+    def pull(ct_info):
+        _, pull_ends = eqx.filter_vjp(lambda e: inexact(dense_info(e)), ends)
+        ct_ends = inexact(pull_ends(ct_info)[0])
+        ct_p, ct_leg, ct_z, ct_value = base.pull(ct_ends.base_dense_info)[0]
+        ct_value = add_some(ct_value[0], ct_ends.increment), ct_value[1]
+        # Of the first of the halves alone.
+        stacked = lambda x: jnp.stack([x, jnp.zeros_like(x)])
+        ct_values, ct_legs = jtu.tree_map(stacked, (ct_value, ct_leg))
+        ct_parts = [
+            context.each(pull_readout, ct_ends.readout0, codes0),
+            (None, add_some(ct_z, ct_ends.z)),
+            context.each(pull_readout, ct_ends.readout1, codes1),
+        ]
+        otherwise = Otherwise(ct_parts, [None, [ct_values, None]])
+        return CotangentsOfDense(otherwise, ct_p, [None, [ct_legs, None]])
+
+    return Dense(dense_info(ends), pull)
 
 
 def _driven_apart(symmetric: bool, needed: float, adaptive: bool) -> str:

@@ -24,7 +24,8 @@ from jaxtyping import Array, Float, PyTree
 from .._numbers.schedule import Count, Index
 from .._schemes.fields import Fields
 from .._schemes.moves import Codes, Context, Cotangents, add_trees
-from .._schemes.scheme import Lost, Span, Undoing, Undone, Values
+from .._schemes.scheme import Lost, Span, Values
+from .._schemes.undoing import Undoing, Undone, undo_and_pull_step, undo_step
 from .._schemes.watch import Scale
 from .._xla.isolation import run_time_true
 from .._xla.one_kernel import in_one_kernel
@@ -142,7 +143,7 @@ class Walk(eqx.Module):
             pull = lambda _, info: self._pull_inside(index, span, info, carry, mask)
             observe = pull
         undoing = Undoing(span, lost, carry.codes, ct)
-        undone = self.lane.scheme.undo_and_pull(self.context, undoing, observe)
+        undone = undo_and_pull_step(self.lane.scheme, self.context, undoing, observe)
         saved, interval = carry.saved, None
         if undone.observed is not None:
             saved, ct_fns_inside, interval = undone.observed
@@ -150,7 +151,8 @@ class Walk(eqx.Module):
         ct_clock = carry.ct_clock
         if self.lane.times:
             ct_span = _joined(undone, at_end.t, interval)
-            add = mask(self.each(Lane.pull_span, index, ct_span))
+            pull = lambda lane, *x: lane.timeline.pull(*x)
+            add = mask(self.each(pull, index, ct_span))
             ct_clock = add_trees(ct_clock, add)
         codes0, scale, errors = self._checked(carry, undone.codes, index, lost)
         new = Carry(
@@ -233,11 +235,11 @@ def walk_back_without_cotangents(
 
     def undo(carry):
         num_steps, num_shed, codes = carry
-        index, span = lane.span_of_last(num_steps)
+        index, span = lane.timeline.last_of(num_steps)
         lost = lane.lost(index, num_shed)
         nothing: Any = None
         undoing = Undoing(span, lost, codes, nothing)
-        codes = lane.scheme.undo(walk.context, undoing)
+        codes = undo_step(lane.scheme, walk.context, undoing)
         return num_steps - 1, lost.before, codes
 
     carry = num_steps, num_shed, codes1

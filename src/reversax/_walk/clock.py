@@ -99,8 +99,8 @@ class Reads(NamedTuple):
     moment: "Moment"
     """The first."""
     y0: State
-    error: State | None
-    """Like the error estimates of steps, if there are any."""
+    estimates: bool
+    """Whether steps have an error estimate."""
 
 
 def close_controller(
@@ -109,7 +109,8 @@ def close_controller(
     """The controller, closed over all that it depends on but the times of a step, the
     states at its ends, its error (real, as sizes are) and the controller's own state;
     and that state as arrays."""
-    args, error_order, moment, y0, error = reads
+    args, error_order, moment, y0, estimates = reads
+    error = error_like(y0) if estimates else None
 
     def adapt(t0, t1, states, controller_state):
         y0, y1, y_error = states

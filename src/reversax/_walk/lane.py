@@ -15,12 +15,13 @@ from .._schemes.moves import Codes, add_trees
 from .._schemes.scheme import AbstractScheme, Lost, Span, Values
 from .._schemes.watch import Scale
 from .certificate import checked_tangents, largest_of, round_trip
-from .clock import Clock, any_of, pull_through
+from .clock import any_of
 from .cotangents import CotangentOfDense, Outputs
 from .forward import tape_of
 from .observe import Inside, Interior, Observation, Pulled, Saved, zeros_like_inexact
 from .setup import Parts, Setup
 from .tape import Record, Tape
+from .timeline import Timeline
 
 
 class Observed(NamedTuple):
@@ -49,9 +50,7 @@ class Lane(eqx.Module):
 
     scheme: AbstractScheme
     tape: Tape
-    clock_diff: Clock
-    """The differentiated part of the clock."""
-    clock_rest: Clock
+    timeline: Timeline
     error: bool = eqx.field(static=True)
     dense: bool = eqx.field(static=True)
     times: bool = eqx.field(static=True)
@@ -61,43 +60,6 @@ class Lane(eqx.Module):
     ct_dense: CotangentOfDense
     diff: tuple[AbstractIncrement, list[Callable]]
     nondiff: tuple[AbstractIncrement, list[Callable]]
-
-    @property
-    def clock(self) -> Clock:
-        return eqx.combine(self.clock_diff, self.clock_rest)
-
-    # Times.
-
-    def span_of_last(self, num_steps: Index) -> tuple[Index, Span]:
-        """The last of so many steps."""
-        times, t0 = self.tape.times, self.clock.t0
-        index, start, end = times.last_of(num_steps, t0)
-        if not self.scheme.looks_back:
-            return index, Span(start, end)
-        _, before, _ = times.last_of(jnp.maximum(num_steps - 1, 1), t0)
-        return index, Span(start, end, jnp.where(num_steps > 0, before, t0))
-
-    def pull_span(self, index: Index, ct: Span) -> Clock:
-        """The cotangent of the clock from that of a step's times."""
-        clocks = self.clock_diff, self.clock_rest
-        pull = self.tape.times.pull_interval
-        ct_clock = pull(index, (ct.start, ct.end), *clocks)
-        if ct.before is None:
-            return ct_clock
-        before = jnp.maximum(index - 1, 0)
-        more = pull(before, (ct.before, jnp.zeros_like(ct.before)), *clocks)
-        return add_trees(ct_clock, more)
-
-    def pull_t0(self, ct: Array) -> Clock:
-        clocks = self.clock_diff, self.clock_rest
-        return pull_through(lambda clock: jnp.asarray(clock.t0), *clocks, ct)
-
-    def pull_time_after(self, num_steps: Index, ct: Array) -> Clock:
-        """The cotangent of the clock from that of the time after so many steps."""
-        last = jnp.maximum(num_steps - 1, 0)
-        of_end = self.pull_span(last, Span(0 * ct, ct))
-        choose = lambda a, b: jnp.where(num_steps > 0, a, b)
-        return jtu.tree_map(choose, of_end, self.pull_t0(ct))
 
     # The record.
 
@@ -174,8 +136,8 @@ class Lane(eqx.Module):
 
     def pull_at_start(self, codes: Codes, saved: list[Saved]) -> Observed:
         """Pulls back what was saved before the first step."""
-        t0 = self.clock.t0
-        trivial = jnp.asarray(t0 == self.clock.t1)
+        clock = self.timeline.clock
+        t0, trivial = clock.t0, jnp.asarray(clock.t0 == clock.t1)
         pull = lambda observation, fn, readout, _: observation.pull_initial(
             fn, t0, readout, trivial
         )
@@ -186,7 +148,7 @@ class Lane(eqx.Module):
         self, num_steps: Index, codes1: Codes, saved: list[Saved]
     ) -> tuple[Index, Span, Observed]:
         """The last of so many steps, and what was saved at its end pulled back."""
-        index, span = self.span_of_last(num_steps)
+        index, span = self.timeline.last_of(num_steps)
         pull = lambda observation, fn, readout, j: observation.pull_step_end(
             fn, span.end, readout, j, index
         )
@@ -226,15 +188,20 @@ def make_lane(
     _, increment, fns, clock = parts
     differentiated = perturbed.increment, perturbed.fns
     diff, nondiff = eqx.partition((increment, fns), differentiated)
-    clock_diff, clock_rest = eqx.partition(clock, perturbed.clock)
+    tape = tape_of(setup, clock, record)
+    diff_clock, rest_clock = eqx.partition(clock, perturbed.clock)
     times = any_of(perturbed.clock)
     rows = zip(setup.subs, clock.ts, ct.ys, ct.ts, strict=True)
     ct_of_dense = ct._replace(codes=None, ys=[], ts=[])  # Others are read elsewhere.
     return Lane(
         scheme=setup.scheme,
-        tape=tape_of(setup, clock, record),
-        clock_diff=clock_diff,
-        clock_rest=clock_rest,
+        tape=tape,
+        timeline=Timeline(
+            times=tape.times,
+            diff=diff_clock,
+            rest=rest_clock,
+            looks_back=setup.scheme.looks_back,
+        ),
         error=setup.error,
         dense=setup.dense,
         times=times,

@@ -132,9 +132,10 @@ def _walk_back_and_check(
 
     at_start = walk.each(Lane.pull_at_start, carry.codes, carry.saved)
     ct_codes = scheme.cotangent(codes0, add_trees(carry.ct_values, at_start.values))
-    ct_clock: Any = walk.lane.clock_diff
+    ct_clock: Any = walk.lane.timeline.diff
     if walk.lane.times:
-        ct_clock = add_trees(carry.ct_clock, walk.each(Lane.pull_t0, at_start.t))
+        pull_t0 = lambda lane, ct: lane.timeline.pull_t0(ct)
+        ct_clock = add_trees(carry.ct_clock, walk.each(pull_t0, at_start.t))
         ct_clock = _refuse_if_used(ct_final_state.controller_state, ct_clock)
         pairs = zip(ct_clock.ts, carry.saved, strict=True)
         ct_ts = [None if a is None else a + b.ct_ts for a, b in pairs]
@@ -209,7 +210,8 @@ def _first_carry(
     ct_fields, ct_fns = zeros
     ct_clock: Any = None
     if walk.lane.times:
-        ct_clock = walk.each(Lane.pull_time_after, num_steps, at_end.t)
+        pull = lambda lane, *x: lane.timeline.pull_time_after(*x)
+        ct_clock = walk.each(pull, num_steps, at_end.t)
     return Carry(
         num_steps=num_steps,
         num_shed=residuals.num_shed,

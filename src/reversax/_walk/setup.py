@@ -41,7 +41,7 @@ from .._schemes.scheme import AbstractScheme
 from .._schemes.watch import begin, look_every
 from .._solver import Reversible, ReversibleState, first_state
 from .._xla.compat import number_of_steps
-from .clock import Clock, Moment, Reads, close_controller, error_like, just_below
+from .clock import Clock, Moment, Reads, close_controller, just_below
 from .event import close_event, without_derivatives
 from .observe import close_fn, is_subsaveat
 from .tape import Plan, Restarts
@@ -266,9 +266,8 @@ def set_up(
     state = _first_state(scheme, t0, y0, init_state.solver_state, passed_solver_state)
     increment = solver.fields(terms, args).close(t0, y0)
     fns = [close_fn(sub, args, t0, y0) for sub in _subs(saveat)]
-    example = error_like(y0) if scheme.estimates_error else None
     moment = Moment(t0, init_state.tnext, first)
-    reads = Reads(args, solver.error_order(terms), moment, y0, example)
+    reads = Reads(args, solver.error_order(terms), moment, y0, scheme.estimates_error)
     clock = _clock(_finite(t1, event), controller, reads, saveat)
     located = event is not None and event.root_finder is not None
     dense = saveat.dense or located or any(ts is not None for ts in clock.ts)
