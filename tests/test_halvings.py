@@ -139,7 +139,7 @@ def test_any_number_of_halvings_is_undone_to_the_bit(halvings):
     assert relative_difference(found, direct) <= 1e-12
 
 
-@pytest.mark.parametrize("num", [50, 100])
+@pytest.mark.parametrize("num", [pytest.param(50, marks=pytest.mark.heavy), 100])
 def test_the_gradient_is_that_of_the_same_halvings(num):
     found = gradient(rvx.ReversibleAdjoint(), num)
     direct = gradient(SameScheme(dfx.DirectAdjoint()), num)
