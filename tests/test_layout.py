@@ -34,7 +34,7 @@ ORDER = [
 MODULES = sorted(SOURCE.rglob("*.py"))
 FILES = [
     path
-    for folder in ("src", "tests", "examples", "benchmarks")
+    for folder in ("src", "tests", "examples", "benchmarks", "pytorch")
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 

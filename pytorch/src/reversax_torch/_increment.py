@@ -1,0 +1,68 @@
+r"""The increment of a base, an explicit Runge-Kutta method,
+
+    k_i = f(t0 + c_i*h, y + h * sum_j a_ij k_j),   Psi_h(t0, y) = h * sum_i b_i k_i,
+
+and the solution between the ends of a step from `z`. With `r0` and `r1` that at the
+ends, `theta` from 0 to 1 and `u` the base's interpolant `z + h * sum_i b_i(theta) k_i`,
+
+    (D)    r(theta) = u(theta) + (1 - theta) (r0 - u(0)) + theta (r1 - u(1))
+                    = (1 - theta) r0 + theta r1 + v(theta),
+
+           v(theta) = u(theta) - z - theta*Psi_h(t0, z).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._base import Base
+
+Time = float | Tensor
+"""A tensor where the derivative with respect to times is asked for."""
+Field = Callable[[Time, Tensor], Tensor]
+
+
+def _sum(y: Any, h: Time, weights: Sequence[Time], ks: Sequence[Tensor]) -> Tensor:
+    """`y + h * sum_i weights_i k_i`, `y` being `None` if it is zero."""
+    for weight, k in zip(weights, ks, strict=False):
+        if isinstance(factor := h * weight, Tensor):
+            more = factor.to(k.device, k.dtype) * k
+            y = more if y is None else y + more
+        elif factor != 0:
+            y = k * factor if y is None else torch.add(y, k, alpha=factor)
+    return torch.zeros_like(ks[0]) if y is None else y
+
+
+class Increment:
+    """`Psi_h(t0, y)`, its `value`, and what it was made from."""
+
+    def __init__(self, base: Base, field: Field, t0: Time, h: Time, y: Tensor):
+        self.base, self.field, self.t0, self.h, self.y = base, field, t0, h, y
+        self.ks: list[Tensor] = []
+        for c, row in zip(base.c, base.a, strict=True):
+            self.ks.append(field(t0 + c * h, _sum(y, h, row, self.ks)))
+        self.value = _sum(None, h, base.b, self.ks)
+
+    def _with_last(self, weights: Sequence) -> Sequence:
+        """Evaluates the field at the end too, if that has a weight."""
+        if len(weights) > len(self.ks):
+            self.ks.append(self.field(self.t0 + self.h, self.y + self.value))
+        return weights
+
+    def error(self) -> Tensor:
+        """The base's own estimate."""
+        return _sum(None, self.h, self._with_last(self.base.error), self.ks)
+
+    def departure(self, theta: Time) -> Tensor:
+        """`v(theta)`; of a base without an interpolant by a shorter step."""
+        if not self.base.dense:
+            part = Increment(self.base, self.field, self.t0, theta * self.h, self.y)
+            return _sum(part.value, -1.0, [theta], [self.value])
+        weights = []
+        dense = self._with_last(self.base.dense)
+        for row, b in zip(dense, (*self.base.b, 0.0), strict=False):
+            terms = [a * theta**power for power, a in enumerate(row, 1) if a]
+            weights.append(sum(terms, -b * theta))
+        return _sum(None, self.h, weights, self.ks)

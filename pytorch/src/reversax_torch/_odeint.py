@@ -1,0 +1,195 @@
+"""What users call."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._base import BASES, Base
+from ._function import Solve
+from ._state import (
+    Structure,
+    check_that_all_are_known,
+    is_transformed,
+    module_of,
+    names_of,
+    parameters_of,
+)
+from ._steps import Controller, as_halvings, grid_of
+from ._twins import McCallumFoster, Symmetric
+from ._walk import Problem
+
+_FIXED = ("step_size", "num_steps", "grid_constructor")
+_ADAPTIVE = (
+    *("first_step", "min_step", "max_step", "safety", "ifactor", "dfactor"),
+    "max_num_steps",
+)
+_OTHERS = (
+    *("coupling", "coupling_parameter", "halvings_per_step", "largest"),
+    *("round_trip_tolerance", "step_t", "norm", "dtype"),
+)
+
+
+@torch.compiler.disable()
+def odeint(
+    func: Callable,
+    y0: Any,
+    t: Tensor,
+    *,
+    rtol: Any = 1e-7,
+    atol: Any = 1e-9,
+    method: str | None = "dopri5",
+    options: dict[str, Any] | None = None,
+    event_fn: Callable | None = None,
+    adjoint_params: Iterable[Tensor] | None = None,
+) -> Any:
+    """Solves `dy/dt = func(t, y)`, called as `torchdiffeq.odeint`, with exact gradients
+    in memory that hardly grows with the number of steps.
+
+    Gradients by `y0`, parameters and `t` are those of the discrete solve: steps are
+    undone to the bit, which every backward pass checks. All methods are explicit; for
+    stiff problems, events and second derivatives use another package, and for short
+    solves with memory to spare `torchdiffeq.odeint`.
+
+    **Arguments:**
+
+    - `func`: `func(t, y)` of a scalar and a state; the same for the same arguments.
+    - `y0`: the state at `t[0]`, a tensor of real numbers or a tuple of such.
+    - `t`: the times to return the solution at, increasing or decreasing.
+    - `rtol`, `atol`: steps that adapt may have an error of `atol + rtol*|y|` in the
+        root mean square; numbers or tensors, for a tuple also tuples.
+    - `method`: the base, of which a step takes two: "euler", "midpoint", "heun2",
+        "heun3", "rk4" in fixed steps, "bosh3", "dopri5", "tsit5", "dopri8" in steps
+        that adapt, unless one of the first three options is there.
+    - `options`: "step_size", "num_steps" or "grid_constructor" for fixed steps, which
+        else end at `t`; "first_step", "min_step", "max_step", "safety", "ifactor",
+        "dfactor", "max_num_steps", "step_t", "norm" for others. "halvings_per_step" of
+        the gap between the twins, 1/m or up to 4, more for more damping, or "auto";
+        "largest", that the state reaches, by default 2**20, in double precision 2**46;
+        "round_trip_tolerance", part of the largest state by which the way back may miss
+        the initial one, by default not by a bit; "coupling", "mccallum-foster" for the
+        published scheme, with "coupling_parameter", by default 0.999.
+    - `event_fn`: none is taken.
+    - `adjoint_params`: what has gradients; by default the parameters of a module.
+
+    **Returns:** the solution at `t`, one more dimension in front; for a tuple a tuple.
+
+    **Raises:** `TypeError`, `ValueError`, `NotImplementedError` for what is not taken,
+    `FloatingPointError` for a solution not finite, too large or damped too much,
+    `RuntimeError` if no step is short enough or a way back misses the initial state.
+    """
+    options = {} if options is None else options
+    base = _base(method, options, event_fn)
+    _check_times(t)
+    structure = Structure(y0)
+    y0 = structure.pack(y0)
+    steps = _steps(structure, func, y0, base, (rtol, atol), options)
+    problem, known = _problem(structure, func, y0, t, options, adjoint_params)
+    problem = problem(base=base, steps=steps, on_grid=steps is _ends)
+    ys = Solve.apply(problem, *known) if len(t) > 1 else y0[None]
+    return structure.unpack(ys, len(t))
+
+
+def _ends(t: Tensor) -> Tensor:
+    return t
+
+
+def _steps(structure: Structure, func, y0, base: Base, tolerances, options) -> Any:
+    size, count, constructor = (options.get(k) for k in _FIXED)
+    if constructor is not None:
+        return lambda t: constructor(func, y0, t).double()
+    if size is not None or count is not None:
+        return grid_of(size, count)
+    if not base.error:
+        return _ends
+    rtol, atol = (structure.tolerance(x, y0) for x in tolerances)
+    norm, norm_of = options.get("norm"), structure.norm
+    if norm is not None:
+        norm_of = lambda x: norm(structure.unpack(x))
+    chosen = {k: float(options[k]) for k in _ADAPTIVE if options.get(k) is not None}
+    times = torch.as_tensor(options.get("step_t", ())).tolist()
+    return Controller(rtol, atol, norm_of, step_t=tuple(times), **chosen)
+
+
+def _problem(
+    structure: Structure, func, y0: Tensor, t: Tensor, options, given: Any
+) -> tuple[Callable[..., Problem], list[Tensor]]:
+    """All but the steps, and the tensors that it depends on."""
+    module, device, grads = module_of(func), y0.device.type, torch.is_grad_enabled()
+    found, names = parameters_of(module) if given is None else given, names_of(module)
+    known = [t, y0, *(p for p in found if p.requires_grad or is_transformed(p))]
+    twins = Symmetric(y0.dtype, options.get("largest"))
+    if options.get("coupling", "symmetric") != "symmetric":
+        twins = McCallumFoster(options.get("coupling_parameter", 0.999))
+    autocast = functools.partial(
+        torch.autocast,
+        device,
+        dtype=torch.get_autocast_dtype(device),
+        enabled=torch.is_autocast_enabled(device),
+    )
+    transformed, check = any(map(is_transformed, known)), None
+    if grads and given is None and not transformed:
+        check = functools.partial(check_that_all_are_known, known)
+    problem = functools.partial(
+        Problem,
+        field=structure.field(func, y0),
+        twins=twins,
+        halvings=as_halvings(options.get("halvings_per_step", "auto")),
+        tolerance=options.get("round_trip_tolerance"),
+        records=grads and (transformed or any(x.requires_grad for x in known)),
+        time_gradient=grads and t.requires_grad,
+        module=module,
+        autocast=autocast,
+        names=[names.get(id(p)) for p in known[2:]],
+        check=check,
+    )
+    return problem, known
+
+
+def odeint_adjoint(func: Callable, y0: Any, t: Tensor, **keywords: Any) -> Any:
+    """[`odeint`][reversax_torch.odeint] for programs that call
+    `torchdiffeq.odeint_adjoint`: "adjoint_rtol", "adjoint_atol", "adjoint_method" and
+    "adjoint_options" make no difference, since the backward pass has no error."""
+    for name in ("rtol", "atol", "method", "options"):
+        keywords.pop(f"adjoint_{name}", None)
+    return odeint(func, y0, t, **keywords)
+
+
+def _base(method: str | None, options: dict[str, Any], event_fn: Any) -> Base:
+    if event_fn is not None:
+        raise NotImplementedError(
+            "Use `torchdiffeq.odeint_event`, or Diffrax with the JAX package reversax, "
+            "for events: `reversax_torch.odeint` takes no `event_fn`."
+        )
+    base = BASES.get("dopri5" if method is None else method)
+    if base is None:
+        raise ValueError(
+            f"Choose an explicit one-step method, one of {', '.join(BASES)}: "
+            f"{method!r} cannot be reversed. Implicit and multi-step methods are in "
+            "torchdiffeq, implicit ones with checkpoints in Diffrax."
+        )
+    unknown = {*options} - {*_FIXED, *_ADAPTIVE, *_OTHERS}
+    if unknown:
+        raise ValueError(
+            f"Leave out of `options` {', '.join(sorted(unknown))}. At a jump of the "
+            "field have a step end, `step_t`, or solve piece by piece; values within "
+            "steps are of the base's order without `interp`."
+        )
+    if options.get("coupling", "symmetric") not in ("symmetric", "mccallum-foster"):
+        raise ValueError(
+            'Pass "symmetric" or "mccallum-foster" as `options={"coupling": ...}`, not '
+            f"{options['coupling']!r}."
+        )
+    return base
+
+
+def _check_times(t: Any) -> None:
+    if not (isinstance(t, Tensor) and t.is_floating_point() and t.ndim == 1):
+        raise TypeError(
+            "Pass `t` as a tensor of floating-point numbers, `t.ndim == 1`."
+        )
+    steps = t.detach().diff()
+    if len(t) == 0 or not (bool((steps > 0).all()) or bool((steps < 0).all())):
+        raise ValueError("Pass `t` strictly increasing or strictly decreasing.")

@@ -1,0 +1,118 @@
+"""States as users have them, packed into one tensor, and the parameters of fields."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from ._increment import Field, Time
+
+
+class Structure:
+    """Of a state: a tensor, or a tuple of such, which are laid end to end."""
+
+    def __init__(self, y0: Any):
+        parts = (y0,) if isinstance(y0, Tensor) else y0
+        if not (isinstance(parts, tuple) and all(isinstance(x, Tensor) for x in parts)):
+            raise TypeError("Pass `y0` as a tensor, or as a tuple of tensors.")
+        for x in parts:
+            if not x.is_floating_point():
+                raise TypeError(
+                    "Convert the state to real floating-point numbers, "
+                    "`y0.to(torch.float32)`, or `torch.view_as_real(y0)` if it is "
+                    f"complex: it is of {x.dtype}."
+                )
+        self.shapes = None if isinstance(y0, Tensor) else [x.shape for x in parts]
+
+    def pack(self, y: Any) -> Tensor:
+        return y if self.shapes is None else torch.cat([x.reshape(-1) for x in y])
+
+    def unpack(self, x: Tensor, *leading: int) -> Any:
+        if self.shapes is None:
+            return x
+        parts = x.split([shape.numel() for shape in self.shapes], dim=-1)
+        shaped = zip(parts, self.shapes, strict=True)
+        return tuple(part.reshape(*leading, *shape) for part, shape in shaped)
+
+    def field(self, func: Callable, like: Tensor) -> Field:
+        """Of a packed state."""
+        device, dtype = like.device, like.dtype
+
+        def field(t: Time, x: Tensor) -> Tensor:
+            if not isinstance(t, Tensor):
+                t = torch.full((), t, dtype=dtype, device=device)
+            k = self.pack(func(t.to(device, dtype), self.unpack(x)))
+            if k.shape != x.shape:
+                raise ValueError(
+                    "Have the field return what has the shape of the state: it "
+                    f"returned {tuple(k.shape)} for {tuple(x.shape)}."
+                )
+            return k.to(dtype)
+
+        return field
+
+    def tolerance(self, value: Any, like: Tensor) -> Any:
+        """A number, or one for each element of the packed state."""
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError("Detach `rtol` and `atol`: they have no gradient.")
+        if self.shapes is None or not isinstance(value, tuple | list):
+            return value
+        each = zip(value, self.shapes, strict=True)
+        each = [torch.as_tensor(x).expand(shape.numel()) for x, shape in each]
+        return torch.cat(each).to(like)
+
+    def norm(self, x: Tensor) -> Any:
+        """The root mean square; of a tuple the largest of those of its tensors."""
+        parts = (x,) if self.shapes is None else self.unpack(x)
+        return torch.stack([x.pow(2).mean().sqrt() for x in parts]).amax()
+
+
+def module_of(func: Any) -> nn.Module | None:
+    """The module that a field is, or a method of."""
+    if isinstance(func, functools.partial):
+        return module_of(func.func)
+    owner = getattr(func, "__self__", func)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+def parameters_of(module: nn.Module | None) -> Iterable[Tensor]:
+    """As torchdiffeq finds them."""
+    if module is None or not getattr(module, "_is_replica", False):
+        return () if module is None else module.parameters()
+    # Those of a replica are no parameters, but tensors that its modules hold.
+    held = [x for part in module.modules() for x in vars(part).values()]
+    return [x for x in held if isinstance(x, Tensor)]
+
+
+def names_of(module: nn.Module | None) -> dict[int, str]:
+    named = () if module is None else module.named_parameters()
+    return {id(p): name for name, p in named}
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether it is one of a transformation of `torch.func`."""
+    return is_functorch_wrapped_tensor(x)
+
+
+def check_that_all_are_known(known: list, more: list, value: Tensor) -> None:
+    """Raises if what was evaluated depends on a tensor that has gradients and is not
+    known."""
+    ids = {id(x) for x in (*known, *more)}
+    seen, to_see = {x.grad_fn for x in known}, [value.grad_fn]
+    while to_see:
+        node = to_see.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in ids:
+            raise ValueError(
+                "Pass `adjoint_params=(...)`, what the field reads that is to have a "
+                "gradient (`tuple(module.parameters())`; `()` if nothing is): it reads "
+                f"a tensor of shape {tuple(leaf.shape)}, which is no parameter of a "
+                "module that was passed."
+            )
+        to_see.extend(parent for parent, _ in node.next_functions)

@@ -1,0 +1,130 @@
+r"""Where steps end, and how often each halves the gap between the twins.
+
+A damped mode `y' = alpha*y` widens it by `exp(h*abs(alpha))` a step: a solve over a
+time `T` needs `abs(alpha)*T/ln(2)` halvings, however it is divided into steps. So they
+are spread over it. Of `n` steps known beforehand each makes
+
+    (P)    4 up to n = 64, 256/n up to n = 1024, and from there on 1/4,
+
+as evenly as can be; one from `t` to `t'` that a controller chose, with `f` one at every
+fourth step and else zero,
+
+    (T)    max(f, min(4, floor(320*s') - floor(320*s))),   s = (t - t0)/(t1 - t0).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Grid = Callable[[Tensor], Tensor]
+"""The ends of steps as a function of the times asked for."""
+
+
+def as_halvings(value: Any) -> Fraction | None:
+    """At each step; `None` if that is to be chosen."""
+    if value == "auto":
+        return None
+    each = Fraction(value).limit_denominator(10**6)
+    if not (0 < each <= 30 and 1 in (each.numerator, each.denominator)):
+        raise ValueError(
+            'Pass "auto", an integer from 1 to 30, or 1/m for an integer m, such as '
+            f"1/4, as `options={{'halvings_per_step': ...}}`, not {value!r}."
+        )
+    return each
+
+
+def over_steps(n: int) -> Fraction:
+    return min(Fraction(4), max(Fraction(256, n), Fraction(1, 4)))  # (P)
+
+
+def evenly(index: int, each: Fraction) -> int:
+    until = lambda k: k * each.numerator // each.denominator
+    return until(index + 1) - until(index)
+
+
+def over_time(index: int, before: float, after: float) -> int:
+    until = lambda s: math.floor(320 * min(max(s, 0.0), 1.0))
+    return max(int(index % 4 == 3), min(4, until(after) - until(before)))  # (T)
+
+
+def grid_of(size: float | None, count: int | None) -> Grid:
+    """Steps of one size, of which the last may be shorter, or so many of one size."""
+
+    def grid(t: Tensor) -> Tensor:
+        length = t[-1] - t[0]
+        # A step that is left over by round-off alone is none.
+        n = count or math.ceil(abs(length.item()) / (size or 1.0) * (1 - 1e-12))
+        h = length / n if size is None else length.sign() * size
+        return torch.cat([t[0] + torch.arange(n, device=t.device) * h, t[-1:]])
+
+    return grid
+
+
+def grid_of_ends(times: list[float]) -> Grid:
+    """Steps that were chosen, which keep their lengths, but the last."""
+    inner = torch.tensor(times[:-1], dtype=torch.float64) - times[0]
+    return lambda t: torch.cat([t[0] + inner.to(t.device), t[-1:]])
+
+
+@dataclass(frozen=True)
+class Controller:
+    """torchdiffeq's choice of steps, all lengths positive."""
+
+    rtol: Any
+    atol: Any
+    norm: Callable[[Tensor], Any]
+    first_step: float | None = None
+    min_step: float = 0.0
+    max_step: float = math.inf
+    safety: float = 0.9
+    ifactor: float = 10.0
+    dfactor: float = 0.2
+    max_num_steps: float = math.inf
+    step_t: tuple[float, ...] = ()
+
+    def ratio(self, error: Tensor, y0: Tensor, y1: Tensor) -> float:
+        """The error in units of what is allowed."""
+        allowed = self.atol + self.rtol * torch.maximum(y0.abs(), y1.abs())
+        return abs(float(self.norm(error / allowed)))
+
+    def next(self, h: float, ratio: float, order: int) -> float:
+        factor = self.safety / max(ratio, 1e-300) ** (1 / order)
+        factor = max(factor, 1.0 if ratio < 1 else self.dfactor)
+        return min(max(h * min(factor, self.ifactor), self.min_step), self.max_step)
+
+    def first(
+        self, field: Callable, t0: float, y0: Tensor, order: int, sign: float
+    ) -> float:
+        """Hairer, Norsett & Wanner, II.4."""
+        if self.first_step is not None:
+            return abs(float(self.first_step))
+        f0 = field(t0, y0)
+        d0, d1 = self.ratio(y0, y0, y0), self.ratio(f0, y0, y0)
+        if not math.isfinite(d0 + d1):
+            return math.nan
+        h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
+        f1 = field(t0 + sign * h0, y0 + sign * h0 * f0)
+        d2 = self.ratio(f1 - f0, y0, y0) / h0
+        flat = d1 <= 1e-15 and d2 <= 1e-15
+        h1 = max(1e-6, h0 * 1e-3) if flat else (0.01 / max(d1, d2)) ** (1 / order)
+        return min(100 * h0, h1, self.max_step)
+
+    def end(self, t: float, h: float, t1: float, tries: int) -> float:
+        """Where a step of length `h` ends: not beyond `t1`, nor `step_t`."""
+        sign = math.copysign(1.0, t1 - t)
+        ahead = [s for s in (*self.step_t, t1) if (s - t) * sign > 0]
+        stop = min(ahead, key=lambda s: abs(s - t))
+        # So that no step is much shorter than its neighbours.
+        end = stop if abs(stop - t) <= h * (1 + 1e-6) else t + sign * h
+        if tries >= self.max_num_steps or t + (end - t) / 2 in (t, end) or h != h:
+            raise RuntimeError(
+                "Allow larger errors (1e-6 is the least in single precision) or more "
+                "steps, or look for what is not finite or not smooth in the field: the "
+                f"controller came to t = {t:g} in {tries} steps."
+            )
+        return end

@@ -1,0 +1,170 @@
+r"""The twins, integers of which what is added is taken back to the bit.
+
+With the increment `Psi` of the base a step and its inverse are
+
+    (C)    (y, z) = mix(y0, z0)                 (B2)   z  = z1 + Psi_{-h}(t1, y1)
+    (F1)   y1 = y + Psi_{h}(t0, z)              (B1)   y  = y1 - Psi_{h}(t0, z)
+    (F2)   z1 = z - Psi_{-h}(t1, y1)            (BC)   (y0, z0) = unmix(y, z)
+
+The symmetric coupling halves the gap about the mean `b` times, McCallum & Foster's
+(arXiv 2410.11648, equation (4)) draws `y` towards `z`, with `0 < lam <= 1`:
+
+    (S)    mix(y, z) = (y - c, z + c),  c = (1 - 2**-b)*(y - z)/2,   readout (y + z)/2
+    (MF)   mix(y, z) = (lam*y + (1 - lam)*z, z),                     readout y
+
+A fixed-point number is an integer, a multiple of a fixed step: one word of 64 bits for
+single precision and half, for double two, `high * 2**62 + low`, `0 <= low < 2**62`.
+They do not wrap as long as they and what is added lie below `largest`. To halve the gap
+`b` times sheds `b` of its bits, those above the lowest:
+
+    (H1)   d = y - z,  g = d >> 1,  c = g - (g >> b),  shed g & (2**b - 1)
+    (H2)   after it (y - z) >> 1 = g >> b, so  g = (((y - z) >> 1) << b) | shed.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_BITS, _MASK = 62, (1 << 62) - 1
+
+
+class Wide:
+    """An integer of two words."""
+
+    def __init__(self, high: Tensor, low: Tensor):
+        self.high, self.low = high + (low >> _BITS), low & _MASK
+
+    def __add__(self, other: "Wide") -> "Wide":
+        return Wide(self.high + other.high, self.low + other.low)
+
+    def __sub__(self, other: "Wide") -> "Wide":
+        return Wide(self.high - other.high, self.low - other.low)
+
+    def __rshift__(self, by: int) -> "Wide":
+        moved = (self.high & ((1 << by) - 1)) << (_BITS - by)
+        return Wide(self.high >> by, (self.low >> by) | moved)
+
+    def __lshift__(self, by: int) -> "Wide":
+        high = (self.high << by) | (self.low >> (_BITS - by))
+        return Wide(high, (self.low << by) & _MASK)
+
+    def __and__(self, mask: int) -> Tensor:
+        return self.low & mask
+
+    def __or__(self, bits: Tensor) -> "Wide":
+        return Wide(self.high, self.low | bits)
+
+
+class Pair(NamedTuple):
+    """The twins, each a tensor or a [`Wide`][]."""
+
+    y: Any
+    z: Any
+
+
+class Symmetric:
+    """(S), in fixed point."""
+
+    exact, weights = True, (0.5, 0.5)
+    """Whether steps are undone to the bit; what of the twins the readout is."""
+
+    def __init__(self, dtype: torch.dtype, largest: Any):
+        self.dtype, self.wide = dtype, dtype == torch.float64
+        if largest is None:
+            largest = 2.0**46 if self.wide else 2.0**20
+        # All scale factors must be normal numbers of the dtype that computes.
+        limit = 890 if self.wide else 60
+        if not 2.0**-limit <= float(largest) <= 2.0**limit:
+            raise ValueError(
+                f"Pass a number from 2**-{limit} to 2**{limit} as `options={{'largest':"
+                f" ...}}`, the largest absolute value of a state, not {largest!r}."
+            )
+        self.largest = 2.0 ** math.ceil(math.log2(largest))
+        self.unit = self.largest * 2.0**-_BITS
+
+    def encode(self, x: Tensor) -> Any:
+        # Exact but for the last rounding, in single precision too.
+        scaled = x.to(torch.float64 if self.wide else torch.float32) * (1 / self.unit)
+        high = scaled.round()
+        if not self.wide:
+            return high.to(torch.int64)
+        low = scaled.sub_(high).mul_(2.0**_BITS).round_()
+        return Wide(high.to(torch.int64), low.to(torch.int64))
+
+    def decode(self, n: Any, dtype: torch.dtype | None = None) -> Tensor:
+        if not self.wide:
+            return n.to(torch.float32).mul_(self.unit).to(dtype or self.dtype)
+        # With the lower word in [-2**61, 2**61) small negative numbers keep digits.
+        carry = n.low >> (_BITS - 1)
+        rest = (n.low - (carry << _BITS)).to(self.dtype).mul_(2.0**-_BITS * self.unit)
+        return (n.high + carry).to(self.dtype).mul_(self.unit).add_(rest)
+
+    def mixing(self, b: int) -> tuple[float, float, float, float]:
+        """What of `y` and `z` goes into `y`, and into `z`."""
+        share = (1 - 2.0**-b) / 2
+        return 1 - share, share, share, 1 - share
+
+    def mix(self, y: Any, z: Any, b: int) -> tuple[Pair, Tensor | None]:
+        """The twins, and what they shed."""
+        if b == 0:
+            return Pair(y, z), None
+        g = (y - z) >> 1  # (H1)
+        c = g - (g >> b)  # (H1)
+        return Pair(y - c, z + c), g & ((1 << b) - 1)
+
+    def unmix(self, y: Any, z: Any, b: int, bits: "Bits") -> Pair:
+        if b == 0:
+            return Pair(y, z)
+        upper = (y - z) >> 1
+        c = ((upper << b) | bits.pop(b)) - upper  # (H2)
+        return Pair(y + c, z - c)
+
+
+class McCallumFoster:
+    """(MF), in floating point, where undoing a step loses digits."""
+
+    exact, weights, largest = False, (1.0, 0.0), math.inf
+
+    def __init__(self, coupling_parameter: float):
+        self.lam = float(coupling_parameter)
+        if not 0 < self.lam <= 1:
+            raise ValueError(
+                "Pass a number in (0, 1] as `options={'coupling_parameter': ...}`, not "
+                f"{coupling_parameter}."
+            )
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x
+
+    def decode(self, n: Any, dtype: torch.dtype | None = None) -> Tensor:
+        return n
+
+    def mixing(self, b: int) -> tuple[float, float, float, float]:
+        return self.lam, 1 - self.lam, 0.0, 1.0
+
+    def mix(self, y: Any, z: Any, b: int) -> tuple[Pair, Tensor | None]:
+        return Pair(self.lam * y + (1 - self.lam) * z, z), None
+
+    def unmix(self, y: Any, z: Any, b: int, bits: "Bits") -> Pair:
+        return Pair((y - (1 - self.lam) * z) / self.lam, z)
+
+
+class Bits:
+    """Shed bits, those of several steps in each word, with how many it has."""
+
+    def __init__(self, words: list[tuple[Tensor, int]]):
+        self.words = words
+
+    def push(self, shed: Tensor, count: int) -> None:
+        if self.words and self.words[-1][1] + count <= _BITS:
+            word, used = self.words.pop()
+            shed, count = (word << count) | shed, used + count
+        self.words.append((shed, count))
+
+    def pop(self, count: int) -> Tensor:
+        word, used = self.words.pop()
+        if used > count:
+            self.words.append((word >> count, used - count))
+        return word & ((1 << count) - 1)
