@@ -20,6 +20,8 @@ SQUARE = lambda t, y: 99 * y**2
 FAST = lambda t, y: -100 * y
 READS = lambda t, y: FIELD(t, y)
 GRID = {"grid_constructor": lambda f, y, t: t[1:]}
+CALLS_BACK = Network(dtype=torch.float32)
+CALLS_BACK.callback_step = print
 TOLERANCE = torch.tensor(1e-3).requires_grad_()
 PARAMETER = {"coupling": "mccallum-foster", "coupling_parameter": 2}
 MANY = torch.linspace(0.0, 1.0, 21)
@@ -40,6 +42,7 @@ WRONG = {
     "times of two dimensions": (TypeError, "Pass `t`", dict(t=T[None])),
     "times that turn": (ValueError, "Pass `t`", dict(t=torch.tensor([0.0, 1, 0.5]))),
     "times twice": (ValueError, "Pass `t`", dict(t=torch.tensor([0.0, 1, 1]))),
+    "callback": (NotImplementedError, "Delete .callback_step", dict(func=CALLS_BACK)),
     "shape": (ValueError, "Have the field", dict(func=lambda t, y: y.sum())),
     "largest": (ValueError, "Pass a number", dict(options={"largest": -1.0})),
     "halvings": (ValueError, "Pass .auto", dict(options={"halvings_per_step": 0.3})),

@@ -81,6 +81,7 @@ def odeint(
     `RuntimeError` if no step is short enough or a way back misses the initial state.
     """
     options = {} if options is None else options
+    _check_callbacks(func)
     base = _base(method, options, event_fn)
     _check_times(t)
     structure = Structure(y0)
@@ -183,6 +184,15 @@ def _base(method: str | None, options: dict[str, Any], event_fn: Any) -> Base:
             f"{options['coupling']!r}."
         )
     return base
+
+
+def _check_callbacks(func: Callable) -> None:
+    for name in ("step", "accept_step", "reject_step"):
+        if hasattr(func, f"callback_{name}"):
+            raise NotImplementedError(
+                f"Delete `callback_{name}` of the field, or call `torchdiffeq.odeint`: "
+                "here nothing is called but the field itself."
+            )
 
 
 def _check_times(t: Any) -> None:
