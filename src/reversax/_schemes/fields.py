@@ -18,7 +18,13 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Int, PyTree
 
 from .._numbers.arithmetic import State
-from .._xla.isolation import Evaluation, Function, evaluate, evaluate_isolated
+from .._xla.isolation import (
+    Evaluation,
+    Function,
+    evaluate,
+    evaluate_isolated,
+    run_time_zero,
+)
 from .control import Control, Leg, Time
 from .increment import AbstractIncrement, Advance, Core
 
@@ -72,9 +78,11 @@ class Fields(eqx.Module):
 
     def core(self, leg: Leg, y: State, *, extends: bool) -> Core:
         """The core of an increment."""
+        increment = eqx.combine(self.diff, self.nondiff)
         if not self.isolated:
-            increment = eqx.combine(self.diff, self.nondiff)
             return increment.core(leg, y, extends=extends)
+        if increment.is_certain(leg.which):
+            return _rounded(increment.core(leg, y, extends=extends), leg)
         evaluation = _of_lane(self, "evaluate", leg, y)
         (increment, inexact), (other, result) = evaluation.value, evaluation.other
         return Core(increment, eqx.combine(inexact, other), result)
@@ -121,11 +129,14 @@ class Fields(eqx.Module):
         """
 
         extends, lanes = self.error or self.dense, self._number_of_lanes(leg)
+        certain = self.isolated and self.nondiff.is_certain(leg.which)
 
         def fn(x, rest):
             (diff, varied, y), (nondiff, fixed) = x, rest
             increment, leg = eqx.combine(diff, nondiff), eqx.combine(varied, fixed)
             core = increment.core(leg, y, extends=extends, lanes=lanes)
+            if certain:
+                core = _rounded(core, leg)
             inexact, other = eqx.partition(core.rest, eqx.is_inexact_array)
             if not self.dense:
                 inexact, other = None, core.rest
@@ -134,7 +145,8 @@ class Fields(eqx.Module):
         varied, fixed = self.varied(leg)
         x, rest = (self.diff, varied, y), (self.nondiff, fixed)
         axes = self._axes((_LEG_MAPPED, _MAPPED), (_LEG_MAPPED,))
-        run_time = jnp.asarray(leg.end) if self.isolated else None
+        isolated = self.isolated and not certain
+        run_time = jnp.asarray(leg.end) if isolated else None
         return self._evaluate(fn, x, rest, axes, run_time)
 
     def dense_info(self, leg: Leg, y: State, core: Evaluation) -> Evaluation:
@@ -177,6 +189,13 @@ class Fields(eqx.Module):
         if run_time is None:
             return evaluate(fn, x, rest)
         return evaluate_isolated(fn, x, rest, run_time)
+
+
+def _rounded(core: Core, leg: Leg) -> Core:
+    """Its increment rounded by itself, whatever is done with it."""
+    zero = run_time_zero(jnp.asarray(leg.end))
+    rounded = lambda x: x + zero.astype(x.dtype)
+    return core._replace(increment=jtu.tree_map(rounded, core.increment))
 
 
 def _of_lane(fields: Fields, method: str, *args) -> Evaluation:

@@ -99,6 +99,11 @@ class AbstractIncrement(eqx.Module):
         core = self.core(leg, y, extends=error or dense)
         return self.extend(leg, y, core, error=error, dense=dense)
 
+    def is_certain(self, which: int) -> bool:
+        """Whether a field has the same bits wherever it stands, but for a contraction
+        of what it returns."""
+        return False
+
     def of_no_length(self, t: Time, y: State) -> State:
         """`Psi` of a step of no length, which should be zero."""
         leg = Leg(t, t, np.float32(1), self.contr(t, t))

@@ -51,6 +51,16 @@ def add_some(a: PyTree[Array], b: Any) -> PyTree[Array]:
     return add_trees(a, b)
 
 
+class Kept(eqx.Module):
+    """A part that follows from others: what a field gave for them, to be used again."""
+
+    value: PyTree[Array]
+
+
+def value_of(arithmetic: AbstractArithmetic, part: Code | Kept) -> PyTree[Array]:
+    return part.value if isinstance(part, Kept) else arithmetic.decode(part)
+
+
 class Context(NamedTuple):
     """What the moves of a step act in."""
 
@@ -117,7 +127,7 @@ class Add(AbstractMove):
 
     def take(self, context: Context, codes: Codes):
         arithmetic = context.arithmetic
-        a = arithmetic.decode(codes[self.reads])
+        a = value_of(arithmetic, codes[self.reads])
         core = context.fields.core(self.over, a, extends=context.extends)
         increment = self.over.times_factor(core.increment)
         b = arithmetic.add(codes[self.into], increment)  # (A)
@@ -125,7 +135,7 @@ class Add(AbstractMove):
 
     def undo(self, context: Context, codes: Codes):
         arithmetic = context.arithmetic
-        a = arithmetic.decode(codes[self.reads])
+        a = value_of(arithmetic, codes[self.reads])
         evaluation = context.fields.evaluate(self.over, a)
         increment = self.over.times_factor(evaluation.value[0])
         b = arithmetic.subtract(codes[self.into], increment)  # (A)
@@ -140,6 +150,56 @@ class Add(AbstractMove):
         ct_a = add_trees(ct.parts[self.reads], ct_a)
         parts = _replaced(ct.parts, self.reads, ct_a)
         return Cotangents(parts, add_trees(ct.parameters, ct_p)), ct_leg
+
+
+class Renew(AbstractMove):
+    """What is kept, evaluated from the part `reads`; `kept` says which part it is."""
+
+    over: Leg
+    reads: int = eqx.field(static=True)
+    kept: int = eqx.field(static=True)
+
+    @property
+    def leg(self) -> Leg:
+        return self.over
+
+    def take(self, context: Context, codes: Codes):
+        a = context.arithmetic.decode(codes[self.reads])
+        value = context.fields.core(self.over, a, extends=False).increment
+        return _replaced(codes, self.kept, Kept(value)), None
+
+    def undo(self, context: Context, codes: Codes):
+        a = context.arithmetic.decode(codes[self.reads])
+        evaluation = context.fields.evaluate(self.over, a)
+        return _replaced(codes, self.kept, Kept(None)), evaluation
+
+    def pull(self, context: Context, met, ct: Cotangents, ct_met=None):
+        value = ct.parts[self.kept], met.value[1]
+        ct_p, ct_leg, ct_a = met.pull(value)[0]  # (T)
+        ct_a = add_trees(ct.parts[self.reads], ct_a)
+        zeros = jtu.tree_map(jnp.zeros_like, ct.parts[self.kept])
+        parts = _replaced(ct.parts, self.reads, ct_a)
+        parts = _replaced(parts, self.kept, zeros)
+        return Cotangents(parts, add_trees(ct.parameters, ct_p)), ct_leg
+
+
+class Recall(AbstractMove):
+    """Nothing on the way forward. Going back, what was kept is evaluated again."""
+
+    over: Leg
+    reads: int = eqx.field(static=True)
+    kept: int = eqx.field(static=True)
+
+    def take(self, context: Context, codes: Codes):
+        return codes, None
+
+    def undo(self, context: Context, codes: Codes):
+        a = context.arithmetic.decode(codes[self.reads])
+        value = context.fields.evaluate(self.over, a).value[0]
+        return _replaced(codes, self.kept, Kept(value)), None
+
+    def pull(self, context: Context, met, ct: Cotangents, ct_met=None):
+        return ct, None
 
 
 class Swap(AbstractMove):

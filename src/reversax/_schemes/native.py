@@ -33,6 +33,7 @@ the problem itself.
 """
 
 import abc
+import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -45,7 +46,7 @@ from jaxtyping import PyTree
 from .._numbers.arithmetic import AbstractArithmetic, FloatingPoint, State
 from .._numbers.schedule import AbstractSchedule, Count, Index, PerStep
 from .._xla.closure import closed
-from .control import Control, Leg, Time
+from .control import Control, Leg, Time, is_of_time
 from .fields import Fields
 from .increment import AbstractIncrement, Advance, Core, check_like_state
 from .moves import (
@@ -54,8 +55,11 @@ from .moves import (
     Codes,
     Context,
     Cotangents,
+    Kept,
     Moves,
     Otherwise,
+    Recall,
+    Renew,
     Swap,
     Trail,
     add_trees,
@@ -63,6 +67,7 @@ from .moves import (
 )
 from .scheme import (
     AbstractScheme,
+    Begun,
     CotangentsOfDense,
     Dense,
     Lost,
@@ -77,12 +82,25 @@ class VectorFields(AbstractIncrement):
 
     contr: Callable
     vf_prods: tuple[Callable, ...]
+    vf: Callable
+    """The first of the fields alone."""
+    prod: Callable
+    """Times a control."""
+    of_time: bool = eqx.field(static=True)
+    """Whether that is the length of a step."""
     may_move: ClassVar[bool] = False
 
     def core(self, leg: Leg, y: State, *, extends: bool, lanes: int = 1) -> Core:
+        if leg.which == VF:
+            return Core(self.vf(leg.start, y), (), None)
+        if leg.which == PROD:
+            return Core(self.prod(y, leg.control), (), None)
         increment = self.vf_prods[leg.which](leg.start, y, leg.control)
         check_like_state(increment, y)
         return Core(increment, (), None)
+
+    def is_certain(self, which: int) -> bool:
+        return self.of_time and which == PROD
 
     def extend(self, leg, y, core, *, error: bool, dense: bool) -> Advance:
         return Advance(core.increment, None, None)
@@ -94,13 +112,24 @@ class VectorFields(AbstractIncrement):
         # Of two, each reads the part that the other advances.
         pairs = zip(self.vf_prods, states[::-1], strict=True)
         vf_prods = tuple(closed(fn, t, part, control) for fn, part in pairs)
-        return VectorFields(contr, vf_prods)
+        vf = closed(self.vf, t, states[-1])
+        prod = closed(self.prod, eqx.filter_eval_shape(self.vf, t, states[-1]), control)
+        return VectorFields(contr, vf_prods, vf, prod, self.of_time)
+
+
+VF, PROD = 2, 3
+"""Which of the fields, beside those times a control."""
 
 
 def field_of(terms: dfx.AbstractTerm, args: PyTree) -> VectorFields:
     """The one of a single equation."""
-    prod = lambda t, y, control: terms.vf_prod(t, y, args, control)
-    return VectorFields(lambda t0, t1: terms.contr(t0, t1), (prod,))
+    return VectorFields(
+        contr=lambda t0, t1: terms.contr(t0, t1),
+        vf_prods=(lambda t, y, control: terms.vf_prod(t, y, args, control),),
+        vf=lambda t, y: terms.vf(t, y, args),
+        prod=lambda vf, control: terms.prod(vf, control),
+        of_time=is_of_time(terms),
+    )
 
 
 def fields_of_two(terms: tuple, args: PyTree) -> VectorFields:
@@ -111,7 +140,13 @@ def fields_of_two(terms: tuple, args: PyTree) -> VectorFields:
         lambda t, y, control: first.vf_prod(t, y, args, control[0]),
         lambda t, y, control: second.vf_prod(t, y, args, control[1]),
     )
-    return VectorFields(contr, prods)
+    return VectorFields(
+        contr=contr,
+        vf_prods=prods,
+        vf=lambda t, y: first.vf(t, y, args),
+        prod=lambda vf, control: first.prod(vf, control[0]),
+        of_time=is_of_time(first),
+    )
 
 
 class AbstractNative(AbstractScheme):
@@ -222,17 +257,67 @@ class Reflect(AbstractMove):
     """(RH2): the second part, reflected about the first; its own inverse."""
 
     def take(self, context: Context, codes: Codes):
-        about, code = codes
-        return (about, context.arithmetic.reflect(code, about)), None  # (RH2)
+        about, code, *others = codes
+        return (about, context.arithmetic.reflect(code, about), *others), None  # (RH2)
 
     def undo(self, context: Context, codes: Codes):
         return self.take(context, codes)
 
     def pull(self, context: Context, met, ct: Cotangents, ct_met=None):
-        about, reflected = ct.parts
+        about, reflected, *others = ct.parts
         twice = jtu.tree_map(lambda x: 2 * x, reflected)
         negated = jtu.tree_map(lambda x: -x, reflected)
-        return ct._replace(parts=(add_trees(about, twice), negated)), None
+        parts = add_trees(about, twice), negated, *others
+        return ct._replace(parts=parts), None
+
+
+class AbstractReusing(AbstractNative):
+    """Of which a step begins with the field that the one before ended with: the value
+    is kept as one more part, and a step has one evaluation of it less.
+
+    Only where each step begins where the last ended; where a controller may jump, both
+    are evaluated.
+    """
+
+    reuses: eqx.AbstractVar[bool]
+    kept_of: ClassVar[int]
+    """Which part it follows from."""
+
+    def reusing(self) -> "AbstractReusing":
+        return dataclasses.replace(self, reuses=True)
+
+    def _kept_leg(self, t: Time) -> Leg:
+        return Leg(t, t, np.float32(1), None, VF)
+
+    def begin(self, fields: Fields, t0: Time, codes: Codes) -> Codes:
+        if not self.reuses:
+            return codes
+        a = self.arithmetic.decode(codes[self.kept_of])
+        value = fields.core(self._kept_leg(t0), a, extends=False).increment
+        return *codes, Kept(value)
+
+    def pull_begin(
+        self, context: Context, t0: Time, codes: Codes, ct: Cotangents
+    ) -> Begun:
+        if not self.reuses:
+            return Begun(ct, None)
+        renew = Renew(self._kept_leg(t0), reads=self.kept_of, kept=2)
+        _, met = renew.undo(context, codes)
+        ct, ct_leg = renew.pull(context, met, ct)
+        return Begun(ct, ct_leg.start)
+
+    def between_kicks(self, kicks: tuple[Leg, Leg], moves: list) -> Moves:
+        """The moves between two kicks of the first part, and these."""
+        if not self.reuses:
+            add = lambda leg: Add(leg, into=0, reads=self.kept_of)
+            return add(kicks[0]), *moves, add(kicks[1])
+        add = lambda leg: Add(leg._replace(which=PROD), into=0, reads=2)
+        known = dict(reads=self.kept_of, kept=2)
+        recall, renew = [
+            make(self._kept_leg(leg.start), **known)
+            for make, leg in zip((Recall, Renew), kicks, strict=True)
+        ]
+        return add(kicks[0]), recall, *moves, renew, add(kicks[1])
 
 
 class SemiImplicitEuler(AbstractNative):
@@ -287,10 +372,12 @@ class LeapfrogMidpoint(AbstractTwice):
         return Add(leg, into=0, reads=1), Swap()  # (LM)
 
 
-class ReversibleHeun(AbstractTwice):
+class ReversibleHeun(AbstractReusing, AbstractTwice):
     """(RH1), (RH2), (RH3)."""
 
     arithmetic: AbstractArithmetic
+    reuses: bool = eqx.field(static=True, default=False)
+    kept_of: ClassVar[int] = 1
     interpolation_cls: Callable = eqx.field(
         static=True, default=dfx.ReversibleHeun.interpolation_cls
     )
@@ -303,8 +390,7 @@ class ReversibleHeun(AbstractTwice):
         half = np.float32(0.5)
         first = Leg(span.start, span.end, half, control)
         last = Leg(span.end, span.end, half, control)
-        add = lambda leg: Add(leg, into=0, reads=1)
-        return add(first), Reflect(), add(last)
+        return self.between_kicks((first, last), [Reflect()])
 
     def info(
         self,
@@ -320,7 +406,7 @@ class ReversibleHeun(AbstractTwice):
         return dict(y0=y0, y1=y1)
 
     def estimate(self, cores: list) -> State:
-        first, _, last = [getattr(core, "increment", None) for core in cores]
+        first, last = cores[0].increment, cores[-1].increment
         return jtu.tree_map(lambda a, b: (b - a) / 2, first, last)
 
 

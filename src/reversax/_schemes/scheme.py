@@ -23,7 +23,16 @@ from .._numbers.schedule import AbstractSchedule, Count, Index
 from .control import Control, Time
 from .fields import Fields
 from .increment import AbstractIncrement
-from .moves import Codes, Context, Moves, Otherwise, Trail
+from .moves import (
+    Codes,
+    Context,
+    Cotangents,
+    Kept,
+    Moves,
+    Otherwise,
+    Trail,
+    value_of,
+)
 
 Values = tuple[State, ...]
 """Of a state's parts."""
@@ -70,6 +79,19 @@ class CotangentsOfDense(NamedTuple):
     """As the legs of the moves; `None` if nothing depends on these otherwise."""
 
 
+def plain(codes: Codes) -> Codes:
+    """Without what is kept of other parts."""
+    return tuple(part for part in codes if not isinstance(part, Kept))
+
+
+class Begun(NamedTuple):
+    """The cotangents of what a solve begins with."""
+
+    ct: Cotangents
+    t0: Any
+    """If the times are differentiated."""
+
+
 class AbstractScheme(eqx.Module):
     """A way of stepping that can be undone, and the numbers that it is done in."""
 
@@ -91,6 +113,20 @@ class AbstractScheme(eqx.Module):
     @abc.abstractmethod
     def read(self, values: Values) -> State:
         """The state that the parts stand for, shaped like `y0`; linear."""
+
+    def begin(self, fields: Fields, t0: Time, codes: Codes) -> Codes:
+        """With what is to be kept of them, if anything."""
+        return codes
+
+    def pull_begin(
+        self, context: Context, t0: Time, codes: Codes, ct: Cotangents
+    ) -> Begun:
+        """The cotangents before `begin`."""
+        return Begun(ct, None)
+
+    def reusing(self) -> "AbstractScheme":
+        """The same, for steps of which each begins where the one before ended."""
+        return self
 
     @abc.abstractmethod
     def rebase(self, codes: Codes, y0: State) -> Codes:
@@ -183,11 +219,11 @@ class AbstractScheme(eqx.Module):
 
     def decode(self, codes: Codes) -> Values:
         """The values of the parts; or their cotangents, from those of the parts."""
-        return self.arithmetic.decode(codes)
+        return tuple(value_of(self.arithmetic, part) for part in codes)
 
     def cotangent(self, codes: Codes, ct: Values) -> Codes:
-        """Undoes `decode` of cotangents, for those of `codes`."""
-        return self.arithmetic.cotangent(codes, ct)
+        """Undoes `decode` of cotangents, for those of `codes`, without what is kept."""
+        return self.arithmetic.cotangent(plain(codes), ct[: len(plain(codes))])
 
     def readout(self, codes: Codes) -> State:
         return self.read(self.decode(codes))
@@ -197,8 +233,8 @@ class AbstractScheme(eqx.Module):
         return jax.vjp(self.read, self.decode(codes))[1](ct_readout)[0]
 
     def difference(self, a: Codes, b: Codes) -> Values:
-        """`a - b`, decoded."""
-        return self.arithmetic.difference(a, b)
+        """`a - b`, decoded, without what is kept."""
+        return self.arithmetic.difference(plain(a), plain(b))
 
     def is_finite(self, codes: Codes) -> Bool[Array, ""]:
         leaves = [jnp.isfinite(x).all() for x in jtu.tree_leaves(self.decode(codes))]
@@ -206,4 +242,4 @@ class AbstractScheme(eqx.Module):
 
     def outgrown(self, codes: Codes) -> Bool[Array, ""]:
         """Whether a part was lost because it became too large."""
-        return self.arithmetic.outgrown(codes)
+        return self.arithmetic.outgrown(plain(codes))

@@ -25,7 +25,7 @@ the values and the derivatives of both ends.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import diffrax as dfx
 import equinox as eqx
@@ -47,9 +47,8 @@ from .moves import (
     Repeated,
     Trail,
     add_trees,
-    row,
 )
-from .native import AbstractNative, VectorFields, fields_of_two
+from .native import AbstractReusing, VectorFields, fields_of_two
 from .scheme import CotangentsOfDense, Dense, Lost, Span, Values
 
 
@@ -63,7 +62,7 @@ class HermiteInterpolation(dfx.ThirdOrderHermitePolynomialInterpolation):
         return jtu.tree_map(lambda a, b: b - a, start, end)
 
 
-class Separable(AbstractNative):
+class Separable(AbstractReusing):
     """(K), (D). The parts are `p` and `q`."""
 
     arithmetic: AbstractArithmetic
@@ -72,6 +71,11 @@ class Separable(AbstractNative):
     drifts: tuple[float, ...] = eqx.field(static=True)
     """`b_1, ..., b_n`."""
     interpolation_cls: Callable = eqx.field(static=True, default=HermiteInterpolation)
+    reuses: bool = eqx.field(static=True, default=False)
+    kept_of: ClassVar[int] = 1
+
+    def read(self, values: Values) -> State:
+        return values[:2]
 
     def fields(self, terms, args) -> VectorFields:
         if not all(map(is_of_time, terms)):
@@ -90,11 +94,12 @@ class Separable(AbstractNative):
         )
         kicks = [leg(*x, 0) for x in zip(reached_q, self.kicks, strict=True)]
         drifts = [leg(*x, 1) for x in zip(reached_p, self.drifts, strict=False)]
-        first, *later = [Add(kick, into=0, reads=1) for kick in kicks]  # (K)
-        drifts = [Add(drift, into=1, reads=0) for drift in drifts]  # (D)
-        if len(drifts) == 1:
-            return first, *drifts, *later
-        return first, Repeated((_stacked(drifts), _stacked(later)))
+        *between, last = [Add(drift, into=1, reads=0) for drift in drifts]  # (D)
+        moves: list = [last]
+        if between:
+            inner = [Add(kick, into=0, reads=1) for kick in kicks[1:-1]]  # (K)
+            moves = [Repeated((_stacked(between), _stacked(inner))), last]
+        return self.between_kicks((kicks[0], kicks[-1]), moves)  # (K)
 
     # Dense output.
 
@@ -113,7 +118,7 @@ class Separable(AbstractNative):
         *,
         dense: bool,
     ) -> dict[str, Any]:
-        y0, y1 = [self.decode(codes) for codes in ends]
+        y0, y1 = map(self.readout, ends)
         if not dense:
             return self.empty_dense_info(y0) | dict(y0=y0, y1=y1)
         legs = self._legs_at(span, control)
@@ -129,7 +134,7 @@ class Separable(AbstractNative):
         return dict(y0=tuple(y0), y1=tuple(y0), k0=zeros, k1=zeros)
 
     def dense(self, context: Context, moves: Moves, trail: Trail) -> Dense:
-        ends = [self.decode(trail.codes[i]) for i in (0, -1)]
+        ends = [self.readout(trail.codes[i]) for i in (0, -1)]
         first, last = _first_and_last(moves)
         evaluations = [
             _derivatives(context, leg, values)
@@ -146,7 +151,9 @@ class Separable(AbstractNative):
                 pulled.append((ct_leg, ct_y))
             (ct_first, ct_y0), (ct_last, ct_y1) = pulled
             nothing = [None] * len(moves)
-            otherwise = Otherwise([ct_y0, *nothing[1:], ct_y1], nothing)
+            of_kept = (None,) * (len(trail.codes[0]) - 2)
+            parts = [(*ct_y0, *of_kept), *nothing[1:], (*ct_y1, *of_kept)]
+            otherwise = Otherwise(parts, nothing)
             ct_legs = _in_places(moves, ct_first, ct_last)
             return CotangentsOfDense(otherwise, ct_p, ct_legs)
 
@@ -155,17 +162,12 @@ class Separable(AbstractNative):
 
 def _first_and_last(moves: Moves) -> tuple[Leg, Leg]:
     """The legs of the kicks at both ends of a step."""
-    first, last = moves[0].leg, moves[-1].leg
-    return first, row(last[1], -1) if isinstance(moves[-1], Repeated) else last
+    return moves[0].leg, moves[-1].leg
 
 
 def _in_places(moves: Moves, ct_first: Leg, ct_last: Leg) -> list:
     """Cotangents of those legs, where they are among those of the moves."""
-    if not isinstance(moves[-1], Repeated):
-        return [ct_first, None, ct_last]
-    num = len(moves[-1].moves[1].leg.factor)
-    at_last = lambda x: jnp.zeros((num, *x.shape), x.dtype).at[-1].set(x)
-    return [ct_first, [None, jtu.tree_map(at_last, ct_last)]]
+    return [ct_first, *[None] * (len(moves) - 2), ct_last]
 
 
 def _derivatives(context: Context, leg: Leg, values: Values) -> tuple:

@@ -33,7 +33,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
 from .._schemes.moves import Codes
-from .._schemes.scheme import AbstractScheme
+from .._schemes.scheme import AbstractScheme, plain
 from .._schemes.watch import Scale, default_tolerance, largest, not_too_small
 from .._xla.guard import agreeing
 from .setup import CALL
@@ -44,7 +44,7 @@ _DECADES = range(_SMALLEST_DECADE, 3)
 
 def largest_of(scheme: AbstractScheme, codes: Codes) -> Scale:
     """The largest size in each leaf of each part."""
-    return largest(scheme.decode(codes))
+    return largest(scheme.decode(plain(codes)))
 
 
 def round_trip(

@@ -13,7 +13,7 @@ from .._schemes.base import checked_at
 from .._schemes.fields import NO_LANES, Fields, Lanes
 from .._schemes.increment import AbstractIncrement
 from .._schemes.moves import Codes
-from .._schemes.scheme import AbstractScheme
+from .._schemes.scheme import AbstractScheme, plain
 from .._schemes.watch import APART, LOST, OUTGROWN, SOUND, Watch, begin
 from .._solver import ReversibleState, result_of
 from .._xla.compat import DIVERGED, integration_loop, while_loop
@@ -59,9 +59,11 @@ def run(
     if perturbed is not None and setup.unbounded is not None:
         raise ValueError(setup.unbounded)
     scheme, clock = setup.scheme, parts.clock
+    fields = _fields(parts.increment, setup, perturbed, lanes)
+    codes0 = scheme.begin(fields, clock.t0, parts.codes)
     solver = ClosedSolver(
         scheme=scheme,
-        fields=_fields(parts.increment, setup, perturbed, lanes),
+        fields=fields,
         schedule=setup.plan.schedule,
         look_every=setup.look_every,
         end=clock.t1,
@@ -70,7 +72,7 @@ def run(
     fns = [_save_with(fn, scheme) for fn in parts.fns]
     saveat = saveat_with(setup.saveat, fns, clock.ts)
     controller = _recorder(setup, clock, perturbed)
-    first = clock.controller_state, clock.t0, parts.codes
+    first = clock.controller_state, clock.t0, codes0
     controller_state = controller.begin(*first, records=perturbed is not None)
     final_state, aux_stats = integration_loop(
         solver=solver,
@@ -83,7 +85,7 @@ def run(
         max_steps=setup.plan.max_steps,
         terms=None,
         args=None,
-        init_state=_first_state(setup, clock, parts.codes, controller_state),
+        init_state=_first_state(setup, clock, codes0, controller_state),
         inner_while_loop=ft.partial(while_loop, kind="lax"),
         outer_while_loop=recording_while_loop,
         progress_meter=setup.progress_meter,
@@ -184,7 +186,7 @@ def _taken_apart(final_state: Any, aux_stats: dict, setup: Setup) -> Forward:
         final_state,
         (
             scheme.readout(codes),
-            ReversibleState(codes, num_steps, watch, progress.before),
+            ReversibleState(plain(codes), num_steps, watch, progress.before),
             recorded.inner,
             result,
         ),

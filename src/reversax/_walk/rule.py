@@ -16,8 +16,8 @@ from jaxtyping import Array, PyTree
 
 from .._numbers.schedule import Count, Index
 from .._schemes.fields import Lanes
-from .._schemes.moves import Codes, add_trees
-from .._schemes.scheme import Values
+from .._schemes.moves import Codes, Cotangents, add_trees
+from .._schemes.scheme import Values, plain
 from .._schemes.watch import Scale
 from .._xla.batching import Axes, batch_aware
 from .._xla.guard import forward_only
@@ -120,22 +120,32 @@ def _walk_back_and_check(
 ) -> PyTree:
     """The cotangents of `parts`."""
     ct_final_state, _ = ct_out
-    like = residuals.outputs._replace(codes=residuals.codes)
+    like = residuals.outputs._replace(codes=plain(residuals.codes))
     ct_outputs = outputs_of(ct_final_state, ct_final_state.solver_state.codes)
     ct_outputs = _materialise(like, ct_outputs)
     walk = _walk(residuals, ct_outputs, perturbed, parts, setup, axes)
     codes0 = _in_each_lane(parts.codes, residuals, axes)
     scheme = setup.scheme
-    ct_values = scheme.decode(ct_outputs.codes)
+    kept = scheme.decode(residuals.codes)[len(ct_outputs.codes) :]
+    nothing = jtu.tree_map(jnp.zeros_like, kept)
+    ct_values = *scheme.decode(ct_outputs.codes), *nothing
     carry = _first_carry(walk, residuals, codes0, ct_values)
     carry = walk_back(walk, carry, setup.backward_meter)
 
     at_start = walk.each(Lane.pull_at_start, carry.codes, carry.saved)
-    ct_codes = scheme.cotangent(codes0, add_trees(carry.ct_values, at_start.values))
+    ct_values = add_trees(carry.ct_values, at_start.values)
+    begun = scheme.pull_begin(
+        walk.context,
+        walk.each(lambda lane: lane.timeline.clock.t0),
+        carry.codes,
+        Cotangents(ct_values, carry.ct_parameters.fields),
+    )
+    ct_codes = scheme.cotangent(codes0, begun.ct.parts)
     ct_clock: Any = walk.lane.timeline.diff
     if walk.lane.times:
         pull_t0 = lambda lane, ct: lane.timeline.pull_t0(ct)
-        ct_clock = add_trees(carry.ct_clock, walk.each(pull_t0, at_start.t))
+        ct_t0 = at_start.t if begun.t0 is None else at_start.t + begun.t0
+        ct_clock = add_trees(carry.ct_clock, walk.each(pull_t0, ct_t0))
         ct_clock = _refuse_if_used(ct_final_state.controller_state, ct_clock)
         pairs = zip(ct_clock.ts, carry.saved, strict=True)
         ct_ts = [None if a is None else a + b.ct_ts for a, b in pairs]
@@ -143,8 +153,9 @@ def _walk_back_and_check(
             lambda c: c.ts, ct_clock, ct_ts, is_leaf=lambda x: x is None
         )
     ct_fns = walk.add_fns(carry.ct_parameters.fns, at_start.fns)
-    ct = Parts(ct_codes, carry.ct_parameters.fields, ct_fns, ct_clock)
-    arrival = _Arrival(carry.codes, codes0, residuals.codes)
+    ct = Parts(ct_codes, begun.ct.parameters, ct_fns, ct_clock)
+    found, final = plain(carry.codes), plain(residuals.codes)
+    arrival = _Arrival(found, codes0, final)
     check = ft.partial(_check, setup.throw)
     zeros = walk.each(check, arrival, carry.scale, carry.round_trips)
     return jtu.tree_map(forward_only, _finish(ct, zeros, parts, axes))
@@ -193,7 +204,7 @@ def _in_each_lane(codes0: Codes, residuals: _Residuals, axes: Axes | None) -> Co
     if axes is None:
         return codes0
     like = lambda x, shape: jnp.broadcast_to(x, shape)
-    shapes = jtu.tree_map(lambda x: x.shape, residuals.codes)
+    shapes = jtu.tree_map(lambda x: x.shape, plain(residuals.codes))
     return jtu.tree_map(like, codes0, shapes)
 
 

@@ -141,6 +141,12 @@ def _check_solver(solver: Reversible, problem: Problem) -> None:
     check_memory(solver.solver, solver.memoryless, problem)
 
 
+def _scheme_of(solver: Reversible, controller: Any) -> AbstractScheme:
+    # A controller of another kind may jump between two steps.
+    scheme = solver.scheme
+    return scheme.reusing() if prescribes_times(controller) else scheme
+
+
 def _unbounded(solver, controller, event, max_steps, restart_every) -> str | None:
     """Why the solve cannot be walked back over, if the number of its steps has no
     bound: something is recorded at each."""
@@ -261,7 +267,7 @@ def set_up(
     """Splits a solve into what is differentiated and a `Setup`."""
     controller, first = stepsize_controller, init_state.controller_state
     _check_call(call, solver, restart_every)
-    y0, scheme = init_state.y, solver.scheme
+    y0, scheme = init_state.y, _scheme_of(solver, controller)
     _check_solver(solver, (terms, t0, y0, args))
     state = _first_state(scheme, t0, y0, init_state.solver_state, passed_solver_state)
     increment = solver.fields(terms, args).close(t0, y0)
