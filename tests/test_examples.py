@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
+from solar_data import GRAVITY, load_seen
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -117,6 +119,46 @@ def test_many_devices_find_the_gradients_of_one_and_undo_to_the_bit(tmp_path):
     assert all(float(error) == 0 for error in round_trips)
     assert_shows_something(tmp_path / "many_devices_training.png")
     assert_shows_something(tmp_path / "many_devices_state.png")
+
+
+@pytest.mark.heavy
+def test_solar_system_weighs_two_planets_and_turns_round_to_the_bit(tmp_path):
+    printed = run_quickly("solar_system.py", tmp_path)
+    assert_gradients_agree(printed, 1e-9)
+    for planet in ("Jupiter", "Saturn"):
+        found = re.search(rf"^│ +{planet} │.*│ +(\S+) % │$", printed, re.MULTILINE)
+        assert found is not None, printed
+        # From 30 %; what is left is the error of Verlet's steps of 12 days.
+        assert 0 < abs(float(found[1])) <= 1
+    energy = re.search(r"^Energy within (\S+) of .* back, (\S+) ", printed, re.M)
+    assert energy is not None, printed
+    assert 0 < float(energy[1]) <= 1e-4  # (h * angular velocity of Jupiter)**2 / 8
+    assert float(energy[2]) == 0
+    assert_shows_something(tmp_path / "solar_system_orbits.png")
+    assert_shows_something(tmp_path / "solar_system_memory.png")
+
+
+@pytest.mark.heavy
+def test_hamiltonian_keeps_the_energy_of_any_potential_learned(tmp_path):
+    printed = run_quickly("hamiltonian.py", tmp_path)
+    own = re.search(r"first tenth .* of its own Hamiltonian (\S+)$", printed, re.M)
+    assert own is not None, printed
+    # As large at any time as in the first steps, of the order of (1/8)**2 / 8; the
+    # potential need not be the true one for it.
+    assert 0 < float(own[1]) <= 1e-2
+    assert re.search(r"^Energy, vector field: largest relative error \d", printed, re.M)
+    assert_shows_something(tmp_path / "hamiltonian.png")
+
+
+def test_outer_planets_are_seen_every_400_days_on_orbits_of_their_sizes():
+    seen = load_seen()
+    assert seen.days.tolist() == list(range(0, 51_201, 400))
+    distance = np.linalg.norm(seen.positions, axis=-1)
+    speed = np.linalg.norm(seen.velocities, axis=-1)
+    axis = 1 / (2 / distance - speed**2 / GRAVITY)
+    # What other planets add to an ellipse about the Sun, for a body seen from there.
+    expected = np.array([5.203, 9.537, 19.189, 30.070])
+    np.testing.assert_allclose(axis, np.broadcast_to(expected, axis.shape), rtol=0.02)
 
 
 def test_lynx_hare_data_are_positive_pelts_of_both_species_for_1900_to_1920():
