@@ -83,6 +83,20 @@ class Unknowns(NamedTuple):
     velocities: Float[Array, "planets 3"]
 
 
+def initial(unknowns: Unknowns) -> tuple[Float[Array, " bodies"], tuple]:
+    """The masses of all five, and their velocities and positions about the centre of
+    mass."""
+    sun = jnp.array([1 + INNER])
+    masses = jnp.concatenate(
+        [sun, jnp.exp(unknowns.log_masses), 1 / SUN_OVER_PLANET[2:]]
+    )
+    about_centre = lambda of_planets: (
+        jnp.pad(of_planets, ((1, 0), (0, 0)))
+        - (masses[1:] @ of_planets / jnp.sum(masses))
+    )
+    return masses, jax.tree.map(about_centre, (unknowns.velocities, unknowns.positions))
+
+
 # --8<-- [start:solve]
 def acceleration(t, positions: Float[Array, "bodies 3"], masses) -> Array:
     apart = positions[None] - positions[:, None]
@@ -97,20 +111,6 @@ TERMS = (
     diffrax.ODETerm(acceleration),  # Of the velocities, which positions drive.
     diffrax.ODETerm(lambda t, velocities, masses: velocities),
 )
-
-
-def initial(unknowns: Unknowns) -> tuple[Float[Array, " bodies"], tuple]:
-    """The masses of all five, and their velocities and positions about the centre of
-    mass."""
-    sun = jnp.array([1 + INNER])
-    masses = jnp.concatenate(
-        [sun, jnp.exp(unknowns.log_masses), 1 / SUN_OVER_PLANET[2:]]
-    )
-    about_centre = lambda of_planets: (
-        jnp.pad(of_planets, ((1, 0), (0, 0)))
-        - (masses[1:] @ of_planets / jnp.sum(masses))
-    )
-    return masses, jax.tree.map(about_centre, (unknowns.velocities, unknowns.positions))
 
 
 def solve(
