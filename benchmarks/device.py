@@ -40,7 +40,8 @@ import numpy as np
 from problems import mlp, normal_weights, reaction_diffusion
 
 import reversax
-from reversax import _isolation, _psi
+from reversax._schemes import fields as _fields
+from reversax._xla import isolation as _isolation
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 BASES = {"Euler": diffrax.Euler(), "Heun": diffrax.Heun(), "Tsit5": diffrax.Tsit5()}
@@ -163,7 +164,7 @@ def bits_cases(quick: bool) -> Iterator[tuple[dict, Callable]]:
 
 def _exactly(evaluate: Callable, case: Callable[[], None], dtype: Any) -> dict:
     with jax.enable_x64(dtype == jnp.float64):
-        _psi.evaluate_isolated = evaluate
+        _fields.evaluate_isolated = evaluate
         try:
             case()
         except eqx.EquinoxRuntimeError as error:
@@ -171,7 +172,7 @@ def _exactly(evaluate: Callable, case: Callable[[], None], dtype: Any) -> dict:
                 raise
             return {"exact": False}
         finally:
-            _psi.evaluate_isolated = _isolation.evaluate_isolated
+            _fields.evaluate_isolated = _isolation.evaluate_isolated
     return {"exact": True}
 
 

@@ -128,7 +128,11 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
         if native is not None:
             return native
         interpolation_cls = TwinInterpolationFactory(self.solver.interpolation_cls)
-        return Twins(self.coupling, self.arithmetic, interpolation_cls)
+        return Twins(
+            coupling=self.coupling,
+            arithmetic=self.arithmetic,
+            interpolation_cls=interpolation_cls,
+        )
 
     def fields(
         self, terms: PyTree[dfx.AbstractTerm], args: PyTree

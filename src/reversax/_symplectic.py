@@ -45,7 +45,7 @@ class AbstractSymplectic(AbstractNativeSolver):
     drifts: ClassVar[tuple[float, ...]]
 
     def reversible_scheme(self, arithmetic: AbstractArithmetic) -> Separable:
-        return Separable(arithmetic, self.kicks, self.drifts)
+        return Separable(arithmetic=arithmetic, kicks=self.kicks, drifts=self.drifts)
 
     def func(self, terms, t0, y0, args):
         (first, second), (p, q) = terms, y0

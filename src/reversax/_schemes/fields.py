@@ -31,7 +31,8 @@ from .increment import AbstractIncrement, Advance, Core
 Axes = PyTree[int | None]
 
 _MAPPED: Any = eqx.if_array(0)
-_LEG_MAPPED: Any = Leg(_MAPPED, _MAPPED, None, _MAPPED, None)
+_NOT_MAPPED: Any = None
+_LEG_MAPPED: Any = Leg(_MAPPED, _MAPPED, None, _MAPPED, _NOT_MAPPED)
 
 
 class Lanes(NamedTuple):

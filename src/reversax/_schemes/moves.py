@@ -31,7 +31,6 @@ from jaxtyping import Array, PyTree
 
 from .._numbers.arithmetic import AbstractArithmetic, Code
 from .control import Leg
-from .fields import Fields
 
 Codes = tuple[Code, ...]
 """The parts of a state, in an arithmetic. Of their values the tree is the same."""
@@ -65,7 +64,8 @@ class Context(NamedTuple):
     """What the moves of a step act in."""
 
     arithmetic: AbstractArithmetic
-    fields: Fields
+    fields: Any
+    """[`Fields`][]; or, going forward under the adjoints of Diffrax, an increment."""
     extends: bool = False
     """Whether an error estimate or dense output may be asked for."""
     each: Callable = lambda fn, *args: fn(None, *args)

@@ -193,7 +193,7 @@ def _between(span: Span, share: float) -> Time:
         return span.start
     if abs(share - 1) < 1e-15:
         return span.end
-    return span.start + rounded_product(share, span.end - span.start)
+    return span.start + rounded_product(jnp.asarray(share), span.end - span.start)
 
 
 def _stacked(moves: Sequence[Add]) -> Add:

@@ -196,7 +196,8 @@ class Twins(AbstractScheme):
         return self.coupling.schedule(start, chosen)
 
     def shed_bits(self, codes: Codes, bits: Count) -> PyTree[UInt32[Array, "..."]]:
-        return self.arithmetic.shed_bits(*codes, bits)
+        y, z = codes
+        return self.arithmetic.shed_bits(y, z, bits)
 
     @property
     def amplification(self) -> float | None:

@@ -80,7 +80,7 @@ def undo_and_pull_step(
         ct = ct._replace(parameters=add_some(ct.parameters, more.parameters))
         ct, ct_legs = pull(moves, context, trail, ct, more.otherwise)
         ct_legs = add_some(ct_legs, more.legs)
-    if not fields.pulls_control:
+    if pull_legs is None:
         return Undone(codes0, ct, None, observed)
     ct_span, ct_control = pull_legs(ct_legs)[0]
     ct_contr, ct_times = evaluation.pull(ct_control)[0]

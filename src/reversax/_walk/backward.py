@@ -155,12 +155,13 @@ class Walk(eqx.Module):
             add = mask(self.each(pull, index, ct_span))
             ct_clock = add_trees(ct_clock, add)
         codes0, scale, errors = self._checked(carry, undone.codes, index, lost)
+        nothing: Any = None
         new = Carry(
             num_steps=jnp.maximum(carry.num_steps - 1, 0),
             num_shed=lost.before,
             codes=codes0,
             ct_values=undone.ct.parts,
-            ct_parameters=None,
+            ct_parameters=nothing,
             ct_clock=None,
             saved=saved,
             scale=scale,

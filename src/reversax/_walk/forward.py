@@ -119,8 +119,10 @@ def _fields(
     increment: AbstractIncrement, setup: Setup, perturbed: Any, lanes: Lanes
 ) -> Fields:
     """Of a scheme, as both passes evaluate them."""
-    isolated = setup.scheme.arithmetic.exact and perturbed is not None
-    differentiated = perturbed.increment if isolated else False
+    isolated, differentiated, times = False, False, False
+    if perturbed is not None and setup.scheme.arithmetic.exact:
+        isolated, differentiated = True, perturbed.increment
+        times = any_of(perturbed.clock)
     diff, nondiff = eqx.partition(increment, differentiated)
     return Fields(
         diff=diff,
@@ -130,7 +132,7 @@ def _fields(
         isolated=isolated,
         error=setup.error,
         dense=setup.dense,
-        times=isolated and any_of(perturbed.clock),
+        times=times,
         lane=lanes.lane,
     )
 
