@@ -103,6 +103,17 @@ def test_device_finds_exact_bits_on_a_cpu(tmp_path):
     assert all(row["microseconds a step"] > 0 for row in results["cost"])
 
 
+@pytest.mark.heavy
+def test_what_a_symplectic_solve_costs_is_measured(tmp_path):
+    results = run_quickly("hamiltonian.py", tmp_path)
+    assert all(row["microseconds a step"] > 0 for row in results["time"])
+    few, many = [
+        [row[name] for row in results["memory"] if "checkpoints" not in row["way"]]
+        for name in ("bytes, 10 steps", "bytes, 50 steps")
+    ]
+    assert few[:3] == many[:3]  # Of those that keep nothing.
+
+
 def test_device_goes_on_after_a_row_that_fails():
     program = """if True:
         import device
