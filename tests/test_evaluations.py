@@ -69,6 +69,22 @@ def test_each_pass_takes_two_evaluations_a_stage_and_step(name):
     assert forward == backward == 2 * STAGES_FOR_THE_SUM[name] * NUM_STEPS
 
 
+@pytest.mark.parametrize(
+    ("base", "forward", "backward"),
+    [
+        (dfx.LeapfrogMidpoint(), NUM_STEPS, NUM_STEPS),
+        # One more at the very start; going back, one more a step without a pull-back.
+        (dfx.ReversibleHeun(), NUM_STEPS + 1, 2 * NUM_STEPS + 1),
+    ],
+    ids=["LeapfrogMidpoint", "ReversibleHeun"],
+)
+def test_a_solver_that_undoes_itself_takes_one_evaluation_a_step(
+    base, forward, backward
+):
+    counted = count_evaluations(base, rvx.ReversibleAdjoint())
+    assert counted[:3] == (forward, backward, NUM_STEPS)
+
+
 def test_a_solve_that_is_not_differentiated_takes_as_many():
     evaluations = []
 

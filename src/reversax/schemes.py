@@ -10,14 +10,17 @@ from ._schemes.moves import (
 )
 from ._schemes.native import (
     AbstractNative as AbstractNative,
+    AbstractReusing as AbstractReusing,
     AbstractTwice as AbstractTwice,
     Reflect as Reflect,
-    field_of as field_of,
-    fields_of_two as fields_of_two,
 )
 from ._schemes.scheme import (
     AbstractScheme as AbstractScheme,
     Lost as Lost,
     Span as Span,
+)
+from ._schemes.vector_fields import (
+    field_of as field_of,
+    fields_of_two as fields_of_two,
 )
 from ._symplectic import AbstractNativeSolver as AbstractNativeSolver

@@ -48,8 +48,9 @@ from .moves import (
     Trail,
     add_trees,
 )
-from .native import AbstractReusing, VectorFields, fields_of_two
+from .native import AbstractReusing
 from .scheme import CotangentsOfDense, Dense, Lost, Span, Values
+from .vector_fields import VectorFields, fields_of_two
 
 
 class HermiteInterpolation(dfx.ThirdOrderHermitePolynomialInterpolation):
