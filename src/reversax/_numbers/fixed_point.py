@@ -203,8 +203,7 @@ class FixedPoint(AbstractArithmetic):
     A solve whose state leaves the range, or is not finite, has the result
     `diffrax.RESULTS.nonfinite`; a controller that adapts steps rejects such a step.
 
-    Differentiation takes it for the identity (integers have no derivative, and the
-    rounding to multiples of `q` is of the size of other round-off).
+    Differentiation takes it for the identity: the rounding is of the size of others.
     """
 
     largest: float | None = eqx.field(default=None, converter=_as_largest, static=True)
@@ -214,7 +213,7 @@ class FixedPoint(AbstractArithmetic):
         return True
 
     @property
-    def _scale(self) -> "Scale":
+    def _scale(self) -> Scale:
         return Scale(self.largest)
 
     def exponent(self, dtype: Any) -> int:
@@ -233,17 +232,16 @@ class FixedPoint(AbstractArithmetic):
         largest = 2.0 ** self.exponent(value.dtype)
         # Phrased so that NaN fails.
         constant = lambda x: _parts(lax.stop_gradient(x))
-        inside = [jnp.abs(constant(x)) < largest for x in (value, addend)]
-        inside = ft.reduce(jnp.logical_and, inside)
+        inside, small = [jnp.abs(constant(x)) < largest for x in (value, addend)]
+        inside = inside & small
         exact = _parts(self._scale.value(words, value.dtype))
         exact = _whole(jnp.where(inside, exact, jnp.nan), value.dtype)
         high, low = words
         why = jnp.isfinite(constant(addend)).astype(high.dtype)
         if before is not None:
-            was_lost = jnp.isnan(constant(before.value))
-            why = jnp.where(was_lost, before.high, why)
-        high = jnp.where(inside, high, why)
-        return Number(high, low, with_derivative_of(value, exact))
+            why = jnp.where(jnp.isnan(constant(before.value)), before.high, why)
+        exact = with_derivative_of(value, exact)
+        return Number(jnp.where(inside, high, why), low, exact)
 
     def encode(self, y: State) -> Code:
         return jtu.tree_map(lambda x: self._number(self._scale.words(x), x, None, x), y)
@@ -322,15 +320,14 @@ class FixedPoint(AbstractArithmetic):
         return _unzip(jtu.tree_map(leaf, y, z, shed_bits, is_leaf=_is_number))
 
     def outgrown(self, code: Code) -> Bool[Array, ""]:
-        leaf = lambda x: jnp.any(jnp.isnan(_parts(x.value)) & (x.high != 0))
-        leaves = [leaf(x) for x in jtu.tree_leaves(code, is_leaf=_is_number)]
+        numbers = jtu.tree_leaves(code, is_leaf=_is_number)
+        leaves = [jnp.any(jnp.isnan(_parts(x.value)) & (x.high != 0)) for x in numbers]
         return ft.reduce(jnp.logical_or, leaves, jnp.array(False))
 
     def difference(self, a: Code, b: Code) -> State:
         def leaf(a, b):
             words = _minus((a.high, a.low), (b.high, b.low))
-            dtype = a.value.dtype
-            value = _parts(self._scale.value(words, dtype))
+            value = _parts(self._scale.value(words, dtype := a.value.dtype))
             # Half precision has no number as small as a unit.
             same = (a.high == b.high) & (a.low == b.low)
             value = jnp.where(~same & (value == 0), jnp.finfo(dtype).tiny, value)
@@ -340,8 +337,8 @@ class FixedPoint(AbstractArithmetic):
         return jtu.tree_map(leaf, a, b, is_leaf=_is_number)
 
     def cotangent(self, code: Code, ct: State) -> Code:
-        leaf: Any = lambda _, ct: Number(None, None, ct)  # pyright: ignore
-        return jtu.tree_map(leaf, code, ct, is_leaf=_is_number)
+        of: Any = lambda _, ct: Number(None, None, ct)  # pyright: ignore
+        return jtu.tree_map(of, code, ct, is_leaf=_is_number)
 
 
 def _unzip(pairs: PyTree) -> tuple[Code, Code]:

@@ -211,8 +211,7 @@ class AbstractScheme(eqx.Module):
         return None
 
     def driven_apart(self, needed: float, adaptive: bool) -> str:
-        """What to do, and why, where the gap is larger than the state, and so many bits
-        a step would have kept it small."""
+        """What to do where the gap is larger than the state; more bits were needed."""
         raise NotImplementedError
 
     # What follows for every scheme.
