@@ -144,6 +144,7 @@ def test_a_complex_state_is_solved_to_the_bit_as_its_parts_are(scheme, dtype):
     assert relative_difference(gradient, oracle) < 64 * digits * magnified
 
 
+@pytest.mark.heavy
 def test_lanes_of_complex_states_take_steps_of_their_own():
     cell = "Heun", "published", "adaptive", "ts"
     value, gradient = differentiated(OURS, *cell, lanes=True)

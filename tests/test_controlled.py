@@ -138,9 +138,8 @@ def test_gradient_is_that_of_direct_differentiation(control, steps, scheme):
     "control",
     ["linear", *(pytest.param(c, marks=HEAVY) for c in TERMS if c != "linear")],
 )
-@pytest.mark.parametrize(
-    "steps", ["at-observations", pytest.param("adaptive", marks=HEAVY)]
-)
+@pytest.mark.parametrize("steps", ["at-observations", "adaptive"])
+@HEAVY
 def test_a_batch_of_controls_by_vmap(control, steps):
     batch = observations((3, OBSERVATIONS, CHANNELS))
     point = network(), initial_state(), batch

@@ -160,7 +160,6 @@ CELLS = [
 DAILY = [
     ("Euler", "constant", "batched", "fixed-point"),
     ("Midpoint", "step-to", "vmap", "published"),
-    ("own-midpoint", "pid", "batched", "floating-point"),
 ]
 
 

@@ -239,9 +239,8 @@ def test_the_hessian_by_forward_over_reverse_is_the_direct_one(saves, scheme):
     assert relative_difference(of(OURS), of(DIRECT)) <= 1e-12
 
 
-@pytest.mark.parametrize(
-    "scheme", ["fixed-point", pytest.param("published", marks=pytest.mark.heavy)]
-)
+@pytest.mark.heavy
+@pytest.mark.parametrize("scheme", ["fixed-point", "published"])
 def test_the_hessian_of_a_batch_is_the_direct_one(scheme):
     """Of lanes that share the times of their steps, and so the control."""
     solver = BY_SCHEME[scheme]
