@@ -11,7 +11,7 @@ import pytest
 from detest_problems import PROBLEMS, T1
 
 import reversax as rvx
-from reversax import _solver
+from reversax._walk import stepping
 
 APART = dfx.RESULTS.nonlinear_divergence
 LOST = dfx.RESULTS.nonfinite
@@ -66,7 +66,7 @@ def test_twins_driven_apart_in_constant_steps_are_no_success(scheme, adjoint):
 
 def test_if_nobody_looks_a_solve_that_blew_up_passes(monkeypatch):
     """So that the test above shows something."""
-    monkeypatch.setattr(_solver, "look_sometimes", lambda watch, *_: watch)
+    monkeypatch.setattr(stepping, "look_sometimes", lambda watch, *_: watch)
     jax.clear_caches()
     solution = solve(4.0, throw=False, t1=12.0)
     jax.clear_caches()
