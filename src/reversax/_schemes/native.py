@@ -324,19 +324,6 @@ class ReversibleHeun(AbstractReusing, AbstractTwice):
         last = Leg(span.end, span.end, half, control)
         return self.between_kicks((first, last), [Reflect()])
 
-    def info(
-        self,
-        context: Context,
-        span: Span,
-        control: Control,
-        ends: tuple[Codes, Codes],
-        *,
-        dense: bool,
-    ) -> dict[str, Any]:
-        """The dense output of a step from one of the `ends` to the other."""
-        y0, y1 = map(self.readout, ends)
-        return dict(y0=y0, y1=y1)
-
     def estimate(self, cores: list) -> State:
         first, last = cores[0].increment, cores[-1].increment
         return jtu.tree_map(lambda a, b: (b - a) / 2, first, last)

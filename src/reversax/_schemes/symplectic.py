@@ -136,10 +136,10 @@ class Separable(AbstractReusing):
 
     def dense(self, context: Context, moves: Moves, trail: Trail) -> Dense:
         ends = [self.readout(trail.codes[i]) for i in (0, -1)]
-        first, last = _first_and_last(moves)
+        kicks = moves[0].leg, moves[-1].leg  # They begin at the ends of the step.
         evaluations = [
             _derivatives(context, leg, values)
-            for leg, values in zip((first, last), ends, strict=True)
+            for leg, values in zip(kicks, ends, strict=True)
         ]
         k0, k1 = [(of_p.value[0], of_q.value[0]) for of_p, of_q in evaluations]
 
@@ -155,20 +155,10 @@ class Separable(AbstractReusing):
             of_kept = (None,) * (len(trail.codes[0]) - 2)
             parts = [(*ct_y0, *of_kept), *nothing[1:], (*ct_y1, *of_kept)]
             otherwise = Otherwise(parts, nothing)
-            ct_legs = _in_places(moves, ct_first, ct_last)
+            ct_legs = [ct_first, *[None] * (len(moves) - 2), ct_last]
             return CotangentsOfDense(otherwise, ct_p, ct_legs)
 
         return Dense(dict(y0=ends[0], y1=ends[1], k0=k0, k1=k1), pull)
-
-
-def _first_and_last(moves: Moves) -> tuple[Leg, Leg]:
-    """The legs of the kicks at both ends of a step."""
-    return moves[0].leg, moves[-1].leg
-
-
-def _in_places(moves: Moves, ct_first: Leg, ct_last: Leg) -> list:
-    """Cotangents of those legs, where they are among those of the moves."""
-    return [ct_first, *[None] * (len(moves) - 2), ct_last]
 
 
 def _derivatives(context: Context, leg: Leg, values: Values) -> tuple:
