@@ -53,7 +53,7 @@ def test_gradient_of_steps_that_adapt(method, sign):
     y0, t, wanted = inputs(field)
     solve = lambda: odeint(field, y0, sign * t, method=method, rtol=1e-5, atol=1e-6)
     ys = solve()
-    walk = ys.grad_fn.problem.walk
+    walk = ys.grad_fn.walk
     lengths = torch.tensor(walk.times[:-1], dtype=torch.float64)
 
     def by_hand():

@@ -1,35 +1,25 @@
 """What users call."""
 
-import functools
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._back import Solve
 from ._base import BASES, Base
-from ._function import Solve
-from ._state import (
-    Structure,
-    check_that_all_are_known,
-    is_transformed,
-    module_of,
-    names_of,
-    parameters_of,
-)
-from ._steps import Controller, as_halvings, grid_of
+from ._state import Structure, module_of, parameters_of
+from ._steps import Controller, Grid, as_halvings, at_times, grid_of
 from ._twins import McCallumFoster, Symmetric
-from ._walk import Problem
+from ._walk import Walk
 
-_FIXED = ("step_size", "num_steps", "grid_constructor")
-_ADAPTIVE = (
-    *("first_step", "min_step", "max_step", "safety", "ifactor", "dfactor"),
-    "max_num_steps",
-)
-_OTHERS = (
-    *("coupling", "coupling_parameter", "halvings_per_step", "largest"),
-    *("round_trip_tolerance", "step_t", "norm", "dtype"),
-)
+_COUPLINGS = {"symmetric", "mccallum-foster"}
+_ADAPTIVE = {x.name for x in dataclasses.fields(Controller)} - {"rtol", "atol"}
+_OPTIONS = _ADAPTIVE | {
+    *("step_size", "num_steps", "grid_constructor", "halvings_per_step", "largest"),
+    *("coupling", "coupling_parameter", "round_trip_tolerance", "dtype"),
+}
 
 
 @torch.compiler.disable()
@@ -81,72 +71,56 @@ def odeint(
     `RuntimeError` if no step is short enough or a way back misses the initial state.
     """
     options = {} if options is None else options
-    _check_callbacks(func)
-    base = _base(method, options, event_fn)
-    _check_times(t)
+    base = _checked(func, t, method, options, event_fn)
     structure = Structure(y0)
-    y0 = structure.pack(y0)
-    steps = _steps(structure, func, y0, base, (rtol, atol), options)
-    problem, known = _problem(structure, func, y0, t, options, adjoint_params)
-    problem = problem(base=base, steps=steps, on_grid=steps is _ends)
-    ys = Solve.apply(problem, *known) if len(t) > 1 else y0[None]
+    y0, module = structure.pack(y0), module_of(func)
+    params = parameters_of(module) if adjoint_params is None else adjoint_params
+    params = [p for p in params if p.is_floating_point()]
+    names = {} if module is None else {id(p): k for k, p in module.named_parameters()}
+    device = y0.device.type
+    walk = Walk(
+        field=structure.field(func, y0),
+        base=base,
+        twins=_twins(y0.dtype, options),
+        steps=_steps(structure, func, y0, base, (rtol, atol), options),
+        halvings_per_step=as_halvings(options.get("halvings_per_step", "auto")),
+        module=module,
+        names=[names.get(id(p)) for p in params],
+        autocast=(
+            *(device, torch.get_autocast_dtype(device)),
+            torch.is_autocast_enabled(device),
+        ),
+        checks=torch.is_grad_enabled() and adjoint_params is None,
+    )
+    walk.look_at(t, y0, *params)
+    ys = Solve.apply(walk, t, y0, *params) if len(t) > 1 else y0[None]
     return structure.unpack(ys, len(t))
 
 
-def _ends(t: Tensor) -> Tensor:
-    return t
+def _twins(dtype: torch.dtype, options: dict) -> Symmetric | McCallumFoster:
+    twins = Symmetric(dtype, options.get("largest"))
+    if options.get("coupling") == "mccallum-foster":
+        twins = McCallumFoster(dtype, options.get("coupling_parameter", 0.999))
+    twins.tolerance = options.get("round_trip_tolerance", twins.tolerance)
+    return twins
 
 
-def _steps(structure: Structure, func, y0, base: Base, tolerances, options) -> Any:
-    size, count, constructor = (options.get(k) for k in _FIXED)
-    if constructor is not None:
+def _steps(
+    structure: Structure, func: Callable, y0: Tensor, base: Base, tolerances, options
+) -> Grid | Controller:
+    if (constructor := options.get("grid_constructor")) is not None:
         return lambda t: constructor(func, y0, t).double()
+    size, count = options.get("step_size"), options.get("num_steps")
     if size is not None or count is not None:
         return grid_of(size, count)
     if not base.error:
-        return _ends
+        return at_times
     rtol, atol = (structure.tolerance(x, y0) for x in tolerances)
-    norm, norm_of = options.get("norm"), structure.norm
-    if norm is not None:
-        norm_of = lambda x: norm(structure.unpack(x))
-    chosen = {k: float(options[k]) for k in _ADAPTIVE if options.get(k) is not None}
-    times = torch.as_tensor(options.get("step_t", ())).tolist()
-    return Controller(rtol, atol, norm_of, step_t=tuple(times), **chosen)
-
-
-def _problem(
-    structure: Structure, func, y0: Tensor, t: Tensor, options, given: Any
-) -> tuple[Callable[..., Problem], list[Tensor]]:
-    """All but the steps, and the tensors that it depends on."""
-    module, device, grads = module_of(func), y0.device.type, torch.is_grad_enabled()
-    found, names = parameters_of(module) if given is None else given, names_of(module)
-    known = [t, y0, *(p for p in found if p.requires_grad or is_transformed(p))]
-    twins = Symmetric(y0.dtype, options.get("largest"))
-    if options.get("coupling", "symmetric") != "symmetric":
-        twins = McCallumFoster(options.get("coupling_parameter", 0.999))
-    autocast = functools.partial(
-        torch.autocast,
-        device,
-        dtype=torch.get_autocast_dtype(device),
-        enabled=torch.is_autocast_enabled(device),
-    )
-    transformed, check = any(map(is_transformed, known)), None
-    if grads and given is None and not transformed:
-        check = functools.partial(check_that_all_are_known, known)
-    problem = functools.partial(
-        Problem,
-        field=structure.field(func, y0),
-        twins=twins,
-        halvings=as_halvings(options.get("halvings_per_step", "auto")),
-        tolerance=options.get("round_trip_tolerance"),
-        records=grads and (transformed or any(x.requires_grad for x in known)),
-        time_gradient=grads and t.requires_grad,
-        module=module,
-        autocast=autocast,
-        names=[names.get(id(p)) for p in known[2:]],
-        check=check,
-    )
-    return problem, known
+    given = {k: options[k] for k in _ADAPTIVE if options.get(k) is not None}
+    norm = given.pop("norm", None)
+    norm_of = structure.norm if norm is None else lambda x: norm(structure.unpack(x))
+    given["step_t"] = torch.as_tensor(given.get("step_t", ())).tolist()
+    return Controller(rtol, atol, norm_of, **given)
 
 
 def odeint_adjoint(func: Callable, y0: Any, t: Tensor, **keywords: Any) -> Any:
@@ -158,12 +132,19 @@ def odeint_adjoint(func: Callable, y0: Any, t: Tensor, **keywords: Any) -> Any:
     return odeint(func, y0, t, **keywords)
 
 
-def _base(method: str | None, options: dict[str, Any], event_fn: Any) -> Base:
+def _checked(func: Any, t: Any, method: Any, options: dict, event_fn: Any) -> Base:
+    """The base, if the rest is what is taken."""
     if event_fn is not None:
         raise NotImplementedError(
             "Use `torchdiffeq.odeint_event`, or Diffrax with the JAX package reversax, "
             "for events: `reversax_torch.odeint` takes no `event_fn`."
         )
+    for name in ("step", "accept_step", "reject_step"):
+        if hasattr(func, f"callback_{name}"):
+            raise NotImplementedError(
+                f"Delete `callback_{name}` of the field, or call `torchdiffeq.odeint`: "
+                "here nothing is called but the field itself."
+            )
     base = BASES.get("dopri5" if method is None else method)
     if base is None:
         raise ValueError(
@@ -171,31 +152,17 @@ def _base(method: str | None, options: dict[str, Any], event_fn: Any) -> Base:
             f"{method!r} cannot be reversed. Implicit and multi-step methods are in "
             "torchdiffeq, implicit ones with checkpoints in Diffrax."
         )
-    unknown = {*options} - {*_FIXED, *_ADAPTIVE, *_OTHERS}
-    if unknown:
+    if unknown := {*options} - _OPTIONS:
         raise ValueError(
             f"Leave out of `options` {', '.join(sorted(unknown))}. At a jump of the "
             "field have a step end, `step_t`, or solve piece by piece; values within "
             "steps are of the base's order without `interp`."
         )
-    if options.get("coupling", "symmetric") not in ("symmetric", "mccallum-foster"):
+    if options.get("coupling", "symmetric") not in _COUPLINGS:
         raise ValueError(
             'Pass "symmetric" or "mccallum-foster" as `options={"coupling": ...}`, not '
             f"{options['coupling']!r}."
         )
-    return base
-
-
-def _check_callbacks(func: Callable) -> None:
-    for name in ("step", "accept_step", "reject_step"):
-        if hasattr(func, f"callback_{name}"):
-            raise NotImplementedError(
-                f"Delete `callback_{name}` of the field, or call `torchdiffeq.odeint`: "
-                "here nothing is called but the field itself."
-            )
-
-
-def _check_times(t: Any) -> None:
     if not (isinstance(t, Tensor) and t.is_floating_point() and t.ndim == 1):
         raise TypeError(
             "Pass `t` as a tensor of floating-point numbers, `t.ndim == 1`."
@@ -203,3 +170,4 @@ def _check_times(t: Any) -> None:
     steps = t.detach().diff()
     if len(t) == 0 or not (bool((steps > 0).all()) or bool((steps < 0).all())):
         raise ValueError("Pass `t` strictly increasing or strictly decreasing.")
+    return base

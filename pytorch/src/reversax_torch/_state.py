@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 
-from ._increment import Field, Time
+from ._base import Field, Time
 
 
 class Structure:
@@ -87,26 +86,13 @@ def parameters_of(module: nn.Module | None) -> Iterable[Tensor]:
     return [x for x in held if isinstance(x, Tensor)]
 
 
-def names_of(module: nn.Module | None) -> dict[int, str]:
-    named = () if module is None else module.named_parameters()
-    return {id(p): name for name, p in named}
-
-
-def is_transformed(x: Tensor) -> bool:
-    """Whether it is one of a transformation of `torch.func`."""
-    return is_functorch_wrapped_tensor(x)
-
-
-def check_that_all_are_known(known: list, more: list, value: Tensor) -> None:
-    """Raises if what was evaluated depends on a tensor that has gradients and is not
-    known."""
-    ids = {id(x) for x in (*known, *more)}
-    seen, to_see = {x.grad_fn for x in known}, [value.grad_fn]
+def check_that_all_are_known(known: list, value: Tensor) -> None:
+    """Raises if it depends on a tensor that has gradients and is not known."""
+    ids = {id(x) for x in known}
+    seen = {None, *(x.grad_fn for x in known if isinstance(x, Tensor))}
+    to_see = [value.grad_fn]
     while to_see:
-        node = to_see.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+        node: Any = to_see.pop()
         leaf = getattr(node, "variable", None)
         if leaf is not None and id(leaf) not in ids:
             raise ValueError(
@@ -115,4 +101,6 @@ def check_that_all_are_known(known: list, more: list, value: Tensor) -> None:
                 f"a tensor of shape {tuple(leaf.shape)}, which is no parameter of a "
                 "module that was passed."
             )
-        to_see.extend(parent for parent, _ in node.next_functions)
+        if node not in seen:
+            seen.add(node)
+            to_see.extend(parent for parent, _ in node.next_functions)

@@ -22,12 +22,18 @@ They do not wrap as long as they and what is added lie below `largest`. To halve
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _BITS, _MASK = 62, (1 << 62) - 1
+Pair = tuple[Any, Any]
+"""The twins, each a tensor or a [`Wide`][]."""
+
+
+def largest(x: Tensor) -> Tensor:
+    return x.abs().amax().float() if x.numel() else torch.zeros(())
 
 
 class Wide:
@@ -57,21 +63,15 @@ class Wide:
         return Wide(self.high, self.low | bits)
 
 
-class Pair(NamedTuple):
-    """The twins, each a tensor or a [`Wide`][]."""
-
-    y: Any
-    z: Any
-
-
 class Symmetric:
-    """(S), in fixed point."""
+    """(S), in fixed point, in which steps are undone to the bit."""
 
-    exact, weights = True, (0.5, 0.5)
-    """Whether steps are undone to the bit; what of the twins the readout is."""
+    exact, weights, tolerance = True, (0.5, 0.5), 0.0
+    """The weights of the readout, and what of the size of the solution the way back may
+    miss the initial state by."""
 
     def __init__(self, dtype: torch.dtype, largest: Any):
-        self.dtype, self.wide = dtype, dtype == torch.float64
+        self.wide = dtype == torch.float64
         if largest is None:
             largest = 2.0**46 if self.wide else 2.0**20
         # All scale factors must be normal numbers of the dtype that computes.
@@ -93,33 +93,37 @@ class Symmetric:
         low = scaled.sub_(high).mul_(2.0**_BITS).round_()
         return Wide(high.to(torch.int64), low.to(torch.int64))
 
-    def decode(self, n: Any, dtype: torch.dtype | None = None) -> Tensor:
+    def decode(self, n: Any) -> Tensor:
         if not self.wide:
-            return n.to(torch.float32).mul_(self.unit).to(dtype or self.dtype)
+            return n.to(torch.float32).mul_(self.unit)
         # With the lower word in [-2**61, 2**61) small negative numbers keep digits.
         carry = n.low >> (_BITS - 1)
-        rest = (n.low - (carry << _BITS)).to(self.dtype).mul_(2.0**-_BITS * self.unit)
-        return (n.high + carry).to(self.dtype).mul_(self.unit).add_(rest)
+        rest = (n.low - (carry << _BITS)).to(torch.float64)
+        rest = rest.mul_(2.0**-_BITS * self.unit)
+        return (n.high + carry).to(torch.float64).mul_(self.unit).add_(rest)
 
-    def mixing(self, b: int) -> tuple[float, float, float, float]:
-        """What of `y` and `z` goes into `y`, and into `z`."""
-        share = (1 - 2.0**-b) / 2
-        return 1 - share, share, share, 1 - share
+    def readout(self, y: Any, z: Any) -> Tensor:
+        return (self.decode(y) + self.decode(z)) * 0.5
 
     def mix(self, y: Any, z: Any, b: int) -> tuple[Pair, Tensor | None]:
         """The twins, and what they shed."""
         if b == 0:
-            return Pair(y, z), None
+            return (y, z), None
         g = (y - z) >> 1  # (H1)
         c = g - (g >> b)  # (H1)
-        return Pair(y - c, z + c), g & ((1 << b) - 1)
+        return (y - c, z + c), g & ((1 << b) - 1)
 
     def unmix(self, y: Any, z: Any, b: int, bits: "Bits") -> Pair:
         if b == 0:
-            return Pair(y, z)
+            return y, z
         upper = (y - z) >> 1
         c = ((upper << b) | bits.pop(b)) - upper  # (H2)
-        return Pair(y + c, z - c)
+        return y + c, z - c
+
+    def pull(self, y: Tensor, z: Tensor, b: int) -> Pair:
+        """The cotangents before a mixing, from those after it."""
+        c = (y - z) * ((1 - 2.0**-b) / 2)
+        return y - c, z + c
 
 
 class McCallumFoster:
@@ -127,28 +131,30 @@ class McCallumFoster:
 
     exact, weights, largest = False, (1.0, 0.0), math.inf
 
-    def __init__(self, coupling_parameter: float):
-        self.lam = float(coupling_parameter)
+    def __init__(self, dtype: torch.dtype, lam: float):
+        self.lam, self.tolerance = float(lam), math.sqrt(torch.finfo(dtype).eps)
         if not 0 < self.lam <= 1:
             raise ValueError(
                 "Pass a number in (0, 1] as `options={'coupling_parameter': ...}`, not "
-                f"{coupling_parameter}."
+                f"{lam}."
             )
 
     def encode(self, x: Tensor) -> Tensor:
         return x
 
-    def decode(self, n: Any, dtype: torch.dtype | None = None) -> Tensor:
-        return n
+    decode = encode
 
-    def mixing(self, b: int) -> tuple[float, float, float, float]:
-        return self.lam, 1 - self.lam, 0.0, 1.0
+    def readout(self, y: Tensor, z: Tensor) -> Tensor:
+        return y
 
-    def mix(self, y: Any, z: Any, b: int) -> tuple[Pair, Tensor | None]:
-        return Pair(self.lam * y + (1 - self.lam) * z, z), None
+    def mix(self, y: Tensor, z: Tensor, b: int) -> tuple[Pair, Tensor | None]:
+        return (self.lam * y + (1 - self.lam) * z, z), None
 
-    def unmix(self, y: Any, z: Any, b: int, bits: "Bits") -> Pair:
-        return Pair((y - (1 - self.lam) * z) / self.lam, z)
+    def unmix(self, y: Tensor, z: Tensor, b: int, bits: "Bits") -> Pair:
+        return (y - (1 - self.lam) * z) / self.lam, z
+
+    def pull(self, y: Tensor, z: Tensor, b: int) -> Pair:
+        return self.lam * y, (1 - self.lam) * y + z
 
 
 class Bits:
