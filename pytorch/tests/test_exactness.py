@@ -7,9 +7,9 @@ import pytest
 import torch
 from helpers import ADAPTIVE, FIXED, Network, start
 from reversax_torch import odeint
-from reversax_torch._back import WayBack
-from reversax_torch._steps import evenly, over_steps, over_time
-from reversax_torch._twins import Bits, Symmetric
+from reversax_torch._solve import WayBack
+from reversax_torch._steps import halvings_of
+from reversax_torch._twins import Symmetric, pop, push
 from torch import nn
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -49,46 +49,59 @@ def test_a_number_is_decoded_to_what_it_was(dtype):
 @pytest.mark.parametrize("halvings", [0, 1, 2, 4, 30])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_halved_gap_is_doubled_to_the_bit(dtype, halvings):
-    twins, bits = Symmetric(dtype, None), Bits([])
+    twins, bits = Symmetric(dtype, None), []
     y, z = (twins.encode(numbers(dtype, seed)) for seed in (2, 3))
     (y1, z1), shed = twins.mix(y, z, halvings)
     if shed is not None:
-        bits.push(shed, halvings)
+        push(bits, shed, halvings)
     before, after = ((twins.decode(a - b).double()) for a, b in ((y, z), (y1, z1)))
     unit = twins.unit * (2.0**-62 if twins.wide else 1)
     smallest = float(torch.finfo(dtype).smallest_normal)
     error = (after - before / 2**halvings).abs()
     assert (error <= 2 * unit + smallest + 0.01 * before.abs()).all()
     assert equal(twins.unmix(y1, z1, halvings, bits)[0], y)
-    assert equal(twins.unmix(y1, z1, halvings, Bits([(shed, halvings)]))[1], z)
+    assert equal(twins.unmix(y1, z1, halvings, [(shed, halvings)])[1], z)
 
 
 def test_bits_come_back_in_opposite_order_and_fill_their_words():
     torch.manual_seed(0)
     counts = [4, 1, 3, 30, 2, 4] * 20
     shed = [torch.randint(0, 2**count, (5,)) for count in counts]
-    bits = Bits([])
+    bits = []
     for x, count in zip(shed, counts, strict=True):
-        bits.push(x, count)
-    assert len(bits.words) <= 1.5 * sum(counts) / 62
+        push(bits, x, count)
+    assert len(bits) <= 1.5 * sum(counts) / 62
     for x, count in reversed(list(zip(shed, counts, strict=True))):
-        assert torch.equal(bits.pop(count), x)
-    assert not bits.words
+        assert torch.equal(pop(bits, count), x)
+    assert not bits
 
 
-@pytest.mark.parametrize("n", [1, 64, 100, 1024, 5000])
-def test_halvings_are_spread_over_known_steps(n):
-    made = [evenly(i, over_steps(n)) for i in range(n)]
-    assert sum(made) == {1: 4, 64: 256, 100: 256, 1024: 256, 5000: 1250}[n]
+def halvings(value, total, times):
+    made, chosen = [], halvings_of(value, total)
+    for before, after in itertools.pairwise(times):
+        made.append(chosen(made, before, after))
+    return made
+
+
+@pytest.mark.parametrize("n", [1, 64, 100, 1000, 1024, 5000])
+def test_halvings_are_spread_over_steps_of_one_size(n):
+    made = halvings("auto", 256, [i / n for i in range(n + 1)])
+    assert sum(made) in {1: [4], 5000: range(1250, 1500)}.get(n, [255, 256])
     assert max(made) - min(made) <= 1
+    assert all(any(made[i : i + 4]) for i in range(n - 3))
 
 
 def test_halvings_follow_time():
-    times = torch.linspace(0, 1, 51).double().pow(2).tolist()
-    made = [over_time(i, *pair) for i, pair in enumerate(itertools.pairwise(times))]
+    made = halvings("auto", 320, torch.linspace(0, 1, 51).double().pow(2).tolist())
     assert max(made) == 4
     assert made[:8] == [0, 0, 1, 1, 1, 1, 2, 2]
-    assert sum(over_time(i, i / 1000, (i + 1) / 1000) for i in range(1000)) >= 320
+    assert sum(halvings("auto", 320, [i / 1000 for i in range(1001)])) == 320
+
+
+def test_halvings_that_are_given_are_made_at_each_step():
+    times = [i / 7 for i in range(8)]
+    assert halvings(3, 256, times) == [3] * 7
+    assert halvings(1 / 3, 256, times) == [0, 0, 1, 0, 0, 1, 0]
 
 
 FIELDS = {
@@ -140,7 +153,7 @@ def test_the_way_back_ends_at_the_initial_pair(method, dtype):
     walk = ys.grad_fn.walk
     way = WayBack(walk, torch.ones_like(ys), [True] * 4)
     assert all(equal(n, walk.twins.encode(y0)) for n in way.pair)
-    assert not way.bits.words
+    assert not way.bits
 
 
 def test_a_flipped_bit_is_caught():

@@ -39,7 +39,7 @@ def test_what_is_kept_between_the_passes_are_two_words_of_each_number_and_bits(d
     ys = odeint(lambda t, y: -y, y0, t, method="euler", options={"num_steps": 1024})
     walk = ys.grad_fn.walk
     # 256 bits, of which a word of 64 has up to 62.
-    assert len(walk.bits.words) == 5
-    assert all(word.numel() == 1000 for word, _ in walk.bits.words)
+    assert len(walk.bits) == 5
+    assert all(word.numel() == 1000 for word, _ in walk.bits)
     held = [x for x in vars(walk).values() if isinstance(x, torch.Tensor)]
     assert sum(x.numel() for x in held) == 1

@@ -23,44 +23,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Row = tuple[float, ...]
 Time = float | Tensor
 """A tensor where the derivative with respect to times is asked for."""
 Field = Callable[[Time, Tensor], Tensor]
 
 
-def _row(text: str) -> Row:
-    return tuple(float(Fraction(number)) for number in text.split())
-
-
-def _quartic(b: Row, middle: Row) -> tuple[Row, ...]:
-    """Through the `middle` of a step and both ends, with their slopes."""
-    rows, last = [], len(middle) - 1
-    for i, (y1, m) in enumerate(zip(b, middle, strict=True)):
-        begin, end = float(i == 0), float(i == last)
-        square = end - 4 * begin - 5 * y1 + 16 * m
-        cube = 5 * begin - 3 * end + 14 * y1 - 32 * m
-        rows.append((begin, square, cube, 2 * (end - begin) - 8 * y1 + 16 * m))
-    return tuple(rows)
+def _row(text: str) -> list[float]:
+    return [float(Fraction(number)) for number in text.split()]
 
 
 class Base:
-    """`a`, `b`, `c`; weights of an error estimate, and that of the field at the end of
-    the step; the coefficients of `theta`, `theta**2`, ... in `b(theta)` of an
-    interpolant, by weight, of which there may be one more for that. A base may be
-    without estimate or interpolant."""
+    """`a`, `b` and `c`; the weights of an error estimate; by evaluation coefficients
+    of `theta`, `theta**2`, ... in `b_i(theta)`. Of the last two there may be none, or
+    one for the field at the end of the step too."""
 
-    def __init__(
-        self, order: int, a: list, b: str, other: str, dense: list, middle: str
-    ):
-        self.order, self.a, self.b = order, tuple(map(_row, a)), _row(b)
-        self.c = tuple(map(math.fsum, self.a))
-        more = (*self.b, 0.0)
-        weights = tuple(x - y for x, y in zip(more, _row(other), strict=False))
-        self.error, self.last = weights[: len(self.b)], sum(weights[len(self.b) :])
-        self.dense = tuple(map(_row, dense))
-        if middle:
-            self.dense = _quartic(more, _row(middle))
+    def __init__(self, order: int, a: list, b: str, error: str, dense: list):
+        self.order, self.a, self.b = order, [*map(_row, a)], _row(b)
+        self.error, self.dense = _row(error), [*map(_row, dense)]
+        self.c = [*map(math.fsum, self.a)]
 
 
 _TEXT = Path(__file__).with_name("bases.json").read_text()
@@ -90,7 +70,7 @@ class Increment:
 
     def error(self) -> Tensor:
         """The base's own estimate, but for the evaluation at the end of the step."""
-        return _sum(None, self.h, self.base.error, self.ks)
+        return _sum(None, self.h, self.base.error[: len(self.base.b)], self.ks)
 
     def departure(self, theta: Time) -> Tensor:
         """`v(theta)`; of a base without an interpolant by a shorter step."""

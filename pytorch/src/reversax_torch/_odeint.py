@@ -7,14 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._back import Solve
 from ._base import BASES, Base
+from ._solve import Solve, Walk
 from ._state import Structure, module_of, parameters_of
-from ._steps import Controller, Grid, as_halvings, at_times, grid_of
+from ._steps import Controller, Grid, at_times, grid_of, halvings_of
 from ._twins import McCallumFoster, Symmetric
-from ._walk import Walk
 
-_COUPLINGS = {"symmetric", "mccallum-foster"}
 _ADAPTIVE = {x.name for x in dataclasses.fields(Controller)} - {"rtol", "atol"}
 _OPTIONS = _ADAPTIVE | {
     *("step_size", "num_steps", "grid_constructor", "halvings_per_step", "largest"),
@@ -70,26 +68,27 @@ def odeint(
     `FloatingPointError` for a solution not finite, too large or damped too much,
     `RuntimeError` if no step is short enough or a way back misses the initial state.
     """
-    options = {} if options is None else options
+    options = {k: v for k, v in (options or {}).items() if v is not None}
     base = _checked(func, t, method, options, event_fn)
-    structure = Structure(y0)
-    y0, module = structure.pack(y0), module_of(func)
+    structure, module = Structure(y0), module_of(func)
+    y0, device = structure.pack(y0), structure.device
     params = parameters_of(module) if adjoint_params is None else adjoint_params
     params = [p for p in params if p.is_floating_point()]
     names = {} if module is None else {id(p): k for k, p in module.named_parameters()}
-    device = y0.device.type
+    autocasts = torch.is_autocast_enabled(device)
+    steps = _steps(structure, func, y0, base, rtol, atol, options)
+    halvings = options.get("halvings_per_step", "auto")
     walk = Walk(
         field=structure.field(func, y0),
         base=base,
         twins=_twins(y0.dtype, options),
-        steps=_steps(structure, func, y0, base, (rtol, atol), options),
-        halvings_per_step=as_halvings(options.get("halvings_per_step", "auto")),
+        steps=steps,
+        halvings_of=halvings_of(
+            halvings, 320 if isinstance(steps, Controller) else 256
+        ),
         module=module,
         names=[names.get(id(p)) for p in params],
-        autocast=(
-            *(device, torch.get_autocast_dtype(device)),
-            torch.is_autocast_enabled(device),
-        ),
+        autocast=(device, torch.get_autocast_dtype(device), autocasts),
         checks=torch.is_grad_enabled() and adjoint_params is None,
     )
     walk.look_at(t, y0, *params)
@@ -97,29 +96,66 @@ def odeint(
     return structure.unpack(ys, len(t))
 
 
+def _checked(func: Any, t: Any, method: Any, options: dict, event_fn: Any) -> Base:
+    """The base, if the rest is what is taken."""
+    if event_fn is not None:
+        raise NotImplementedError(
+            "Use `torchdiffeq.odeint_event` for events, or Diffrax with reversax."
+        )
+    for name in ("callback_step", "callback_accept_step", "callback_reject_step"):
+        if hasattr(func, name):
+            raise NotImplementedError(
+                f"Delete `{name}`: nothing but the field is called."
+            )
+    if (base := BASES.get(method or "dopri5")) is None:
+        raise ValueError(
+            f"Choose an explicit one-step method, one of {', '.join(BASES)}: "
+            f"{method!r} cannot be reversed. torchdiffeq and Diffrax have others."
+        )
+    if unknown := {*options} - _OPTIONS:
+        raise ValueError(
+            f"Leave out of `options` {', '.join(sorted(unknown))}. At a jump of the "
+            "field have a step end, `step_t`, or solve piece by piece; values within "
+            "steps are of the base's order without `interp`."
+        )
+    if not (isinstance(t, Tensor) and t.is_floating_point() and t.ndim == 1):
+        raise TypeError(
+            "Pass `t` as a tensor of floating-point numbers, `t.ndim == 1`."
+        )
+    steps = t.detach().diff()
+    if len(t) == 0 or not (bool((steps > 0).all()) or bool((steps < 0).all())):
+        raise ValueError("Pass `t` strictly increasing or strictly decreasing.")
+    return base
+
+
 def _twins(dtype: torch.dtype, options: dict) -> Symmetric | McCallumFoster:
+    coupling = options.get("coupling", "symmetric")
+    if coupling not in ("symmetric", "mccallum-foster"):
+        raise ValueError(
+            'Pass "symmetric" or "mccallum-foster" as `options={"coupling": ...}`, not '
+            f"{coupling!r}."
+        )
     twins = Symmetric(dtype, options.get("largest"))
-    if options.get("coupling") == "mccallum-foster":
+    if coupling == "mccallum-foster":
         twins = McCallumFoster(dtype, options.get("coupling_parameter", 0.999))
     twins.tolerance = options.get("round_trip_tolerance", twins.tolerance)
     return twins
 
 
 def _steps(
-    structure: Structure, func: Callable, y0: Tensor, base: Base, tolerances, options
+    structure: Structure, func: Callable, y0: Tensor, base: Base, rtol, atol, options
 ) -> Grid | Controller:
-    if (constructor := options.get("grid_constructor")) is not None:
+    if constructor := options.get("grid_constructor"):
         return lambda t: constructor(func, y0, t).double()
-    size, count = options.get("step_size"), options.get("num_steps")
-    if size is not None or count is not None:
-        return grid_of(size, count)
+    if "step_size" in options or "num_steps" in options:
+        return grid_of(options.get("step_size"), options.get("num_steps"))
     if not base.error:
         return at_times
-    rtol, atol = (structure.tolerance(x, y0) for x in tolerances)
-    given = {k: options[k] for k in _ADAPTIVE if options.get(k) is not None}
+    given = {k: v for k, v in options.items() if k in _ADAPTIVE}
     norm = given.pop("norm", None)
     norm_of = structure.norm if norm is None else lambda x: norm(structure.unpack(x))
     given["step_t"] = torch.as_tensor(given.get("step_t", ())).tolist()
+    rtol, atol = (structure.tolerance(x, y0) for x in (rtol, atol))
     return Controller(rtol, atol, norm_of, **given)
 
 
@@ -130,44 +166,3 @@ def odeint_adjoint(func: Callable, y0: Any, t: Tensor, **keywords: Any) -> Any:
     for name in ("rtol", "atol", "method", "options"):
         keywords.pop(f"adjoint_{name}", None)
     return odeint(func, y0, t, **keywords)
-
-
-def _checked(func: Any, t: Any, method: Any, options: dict, event_fn: Any) -> Base:
-    """The base, if the rest is what is taken."""
-    if event_fn is not None:
-        raise NotImplementedError(
-            "Use `torchdiffeq.odeint_event`, or Diffrax with the JAX package reversax, "
-            "for events: `reversax_torch.odeint` takes no `event_fn`."
-        )
-    for name in ("step", "accept_step", "reject_step"):
-        if hasattr(func, f"callback_{name}"):
-            raise NotImplementedError(
-                f"Delete `callback_{name}` of the field, or call `torchdiffeq.odeint`: "
-                "here nothing is called but the field itself."
-            )
-    base = BASES.get("dopri5" if method is None else method)
-    if base is None:
-        raise ValueError(
-            f"Choose an explicit one-step method, one of {', '.join(BASES)}: "
-            f"{method!r} cannot be reversed. Implicit and multi-step methods are in "
-            "torchdiffeq, implicit ones with checkpoints in Diffrax."
-        )
-    if unknown := {*options} - _OPTIONS:
-        raise ValueError(
-            f"Leave out of `options` {', '.join(sorted(unknown))}. At a jump of the "
-            "field have a step end, `step_t`, or solve piece by piece; values within "
-            "steps are of the base's order without `interp`."
-        )
-    if options.get("coupling", "symmetric") not in _COUPLINGS:
-        raise ValueError(
-            'Pass "symmetric" or "mccallum-foster" as `options={"coupling": ...}`, not '
-            f"{options['coupling']!r}."
-        )
-    if not (isinstance(t, Tensor) and t.is_floating_point() and t.ndim == 1):
-        raise TypeError(
-            "Pass `t` as a tensor of floating-point numbers, `t.ndim == 1`."
-        )
-    steps = t.detach().diff()
-    if len(t) == 0 or not (bool((steps > 0).all()) or bool((steps < 0).all())):
-        raise ValueError("Pass `t` strictly increasing or strictly decreasing.")
-    return base

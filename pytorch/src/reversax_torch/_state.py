@@ -20,11 +20,11 @@ class Structure:
         for x in parts:
             if not x.is_floating_point():
                 raise TypeError(
-                    "Convert the state to real floating-point numbers, "
-                    "`y0.to(torch.float32)`, or `torch.view_as_real(y0)` if it is "
-                    f"complex: it is of {x.dtype}."
+                    "Convert the state to real floating-point numbers, or, if it is "
+                    f"complex, by `torch.view_as_real`: it is of {x.dtype}."
                 )
         self.shapes = None if isinstance(y0, Tensor) else [x.shape for x in parts]
+        self.device = parts[0].device.type
 
     def pack(self, y: Any) -> Tensor:
         return y if self.shapes is None else torch.cat([x.reshape(-1) for x in y])
@@ -38,18 +38,17 @@ class Structure:
 
     def field(self, func: Callable, like: Tensor) -> Field:
         """Of a packed state."""
-        device, dtype = like.device, like.dtype
 
         def field(t: Time, x: Tensor) -> Tensor:
             if not isinstance(t, Tensor):
-                t = torch.full((), t, dtype=dtype, device=device)
-            k = self.pack(func(t.to(device, dtype), self.unpack(x)))
+                t = torch.full((), t, dtype=like.dtype, device=like.device)
+            k = self.pack(func(t.to(like), self.unpack(x)))
             if k.shape != x.shape:
                 raise ValueError(
                     "Have the field return what has the shape of the state: it "
                     f"returned {tuple(k.shape)} for {tuple(x.shape)}."
                 )
-            return k.to(dtype)
+            return k.to(like.dtype)
 
         return field
 
@@ -78,10 +77,9 @@ def module_of(func: Any) -> nn.Module | None:
 
 
 def parameters_of(module: nn.Module | None) -> Iterable[Tensor]:
-    """As torchdiffeq finds them."""
+    """As torchdiffeq finds them: in a replica tensors that its modules hold."""
     if module is None or not getattr(module, "_is_replica", False):
         return () if module is None else module.parameters()
-    # Those of a replica are no parameters, but tensors that its modules hold.
     held = [x for part in module.modules() for x in vars(part).values()]
     return [x for x in held if isinstance(x, Tensor)]
 
@@ -98,8 +96,7 @@ def check_that_all_are_known(known: list, value: Tensor) -> None:
             raise ValueError(
                 "Pass `adjoint_params=(...)`, what the field reads that is to have a "
                 "gradient (`tuple(module.parameters())`; `()` if nothing is): it reads "
-                f"a tensor of shape {tuple(leaf.shape)}, which is no parameter of a "
-                "module that was passed."
+                f"a tensor of shape {tuple(leaf.shape)} that is not known."
             )
         if node not in seen:
             seen.add(node)

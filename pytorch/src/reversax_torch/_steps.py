@@ -2,14 +2,12 @@ r"""Where steps end, and how often each halves the gap between the twins.
 
 A damped mode `y' = alpha*y` widens it by `exp(h*abs(alpha))` a step: a solve over a
 time `T` needs `abs(alpha)*T/ln(2)` halvings, however it is divided into steps. So they
-are spread over it. Of `n` steps known beforehand each makes
+are spread over it, `n = 256` of them, or 320 for a controller. A step from `t` to `t'`
+makes
 
-    (P)    4 up to n = 64, 256/n up to n = 1024, and from there on 1/4,
+    (T)    min(4, floor(n*s') - floor(n*s)),   s = (t - t0)/(t1 - t0),
 
-as evenly as can be; one from `t` to `t'` that a controller chose, with `f` one at every
-fourth step and else zero,
-
-    (T)    max(f, min(4, floor(320*s') - floor(320*s))),   s = (t - t0)/(t1 - t0).
+but one if that is none and there was none in the three steps before.
 """
 
 import math
@@ -25,30 +23,28 @@ Grid = Callable[[Tensor], Tensor]
 """The ends of steps as a function of the times asked for."""
 
 
-def as_halvings(value: Any) -> Fraction | None:
-    """At each step; `None` if that is to be chosen."""
+Halvings = Callable[[list[int], float, float], int]
+"""Those of a step, of those made and what of the time passed before it and after."""
+
+
+def halvings_of(value: Any, total: int) -> Halvings:
+    """So many at each step, or `total` spread over the time."""
+
+    def over_time(made: list[int], before: float, after: float) -> int:
+        # Round-off is not to move a whole number.
+        now = math.floor(total * after + 1e-6) - math.floor(total * before + 1e-6)
+        return min(4, now) or int(len(made) > 2 and not any(made[-3:]))  # (T)
+
     if value == "auto":
-        return None
+        return over_time
     each = Fraction(value).limit_denominator(10**6)
     if not (0 < each <= 30 and 1 in (each.numerator, each.denominator)):
         raise ValueError(
             'Pass "auto", an integer from 1 to 30, or 1/m for an integer m, such as '
             f"1/4, as `options={{'halvings_per_step': ...}}`, not {value!r}."
         )
-    return each
-
-
-def over_steps(n: int) -> Fraction:
-    return min(Fraction(4), max(Fraction(256, n), Fraction(1, 4)))  # (P)
-
-
-def evenly(index: int, each: Fraction) -> int:
-    return math.floor((index + 1) * each) - math.floor(index * each)
-
-
-def over_time(index: int, before: float, after: float) -> int:
-    made = math.floor(320 * min(after, 1.0)) - math.floor(320 * before)
-    return max(int(index % 4 == 3), min(4, made))  # (T)
+    until = lambda step: math.floor(step * each)
+    return lambda made, *_: until(len(made) + 1) - until(len(made))
 
 
 def at_times(t: Tensor) -> Tensor:

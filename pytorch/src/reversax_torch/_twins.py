@@ -29,11 +29,26 @@ from torch import Tensor
 
 _BITS, _MASK = 62, (1 << 62) - 1
 Pair = tuple[Any, Any]
-"""The twins, each a tensor or a [`Wide`][]."""
+Bits = list[tuple[Tensor, int]]
+"""Shed bits, those of several steps in each word, with how many it has."""
 
 
 def largest(x: Tensor) -> Tensor:
     return x.abs().amax().float() if x.numel() else torch.zeros(())
+
+
+def push(bits: Bits, shed: Tensor, count: int) -> None:
+    if bits and bits[-1][1] + count <= _BITS:
+        word, used = bits.pop()
+        shed, count = (word << count) | shed, used + count
+    bits.append((shed, count))
+
+
+def pop(bits: Bits, count: int) -> Tensor:
+    word, used = bits.pop()
+    if used > count:
+        bits.append((word >> count, used - count))
+    return word & ((1 << count) - 1)
 
 
 class Wide:
@@ -113,11 +128,11 @@ class Symmetric:
         c = g - (g >> b)  # (H1)
         return (y - c, z + c), g & ((1 << b) - 1)
 
-    def unmix(self, y: Any, z: Any, b: int, bits: "Bits") -> Pair:
+    def unmix(self, y: Any, z: Any, b: int, bits: Bits) -> Pair:
         if b == 0:
             return y, z
         upper = (y - z) >> 1
-        c = ((upper << b) | bits.pop(b)) - upper  # (H2)
+        c = ((upper << b) | pop(bits, b)) - upper  # (H2)
         return y + c, z - c
 
     def pull(self, y: Tensor, z: Tensor, b: int) -> Pair:
@@ -150,27 +165,8 @@ class McCallumFoster:
     def mix(self, y: Tensor, z: Tensor, b: int) -> tuple[Pair, Tensor | None]:
         return (self.lam * y + (1 - self.lam) * z, z), None
 
-    def unmix(self, y: Tensor, z: Tensor, b: int, bits: "Bits") -> Pair:
+    def unmix(self, y: Tensor, z: Tensor, b: int, bits: Bits) -> Pair:
         return (y - (1 - self.lam) * z) / self.lam, z
 
     def pull(self, y: Tensor, z: Tensor, b: int) -> Pair:
         return self.lam * y, (1 - self.lam) * y + z
-
-
-class Bits:
-    """Shed bits, those of several steps in each word, with how many it has."""
-
-    def __init__(self, words: list[tuple[Tensor, int]]):
-        self.words = words
-
-    def push(self, shed: Tensor, count: int) -> None:
-        if self.words and self.words[-1][1] + count <= _BITS:
-            word, used = self.words.pop()
-            shed, count = (word << count) | shed, used + count
-        self.words.append((shed, count))
-
-    def pop(self, count: int) -> Tensor:
-        word, used = self.words.pop()
-        if used > count:
-            self.words.append((word >> count, used - count))
-        return word & ((1 << count) - 1)

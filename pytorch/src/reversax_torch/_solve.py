@@ -1,0 +1,412 @@
+r"""A solve as one function for autograd. On the way back each step is undone, and
+differentiated, from where it was made.
+
+A controller is told of the base's own estimate `u`, of what the step adds to the gap
+between the twins, and of the `b` halvings of the step,
+
+    (E)    e = Psi_{h}(t0, z) + Psi_{-h}(t1, y1)
+    (U)    |u| + 5/2 * sqrt(|u|*|e|) + 2**-b * |e|.
+
+With `g` the largest `|y - z|` and `s` the largest size of the solution so far, a pair
+is sound, not driven apart by damping, as long as
+
+    (W)    r = g/s  <=  1,   or  r <= 10  and the last one was <= 1.
+
+The certificate of the way back is that it arrives where the way forward began: in fixed
+point to the bit; in floating point with what the twins are off, relative to `s`, not
+above the square root of the machine epsilon. Nor may the field have changed its
+buffers: what it did on the way back, it did on the way forward too.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._base import Base, Field, Increment, Time
+from ._state import check_that_all_are_known
+from ._steps import Controller, Grid, Halvings, at_times, grid_of_ends
+from ._twins import McCallumFoster, Symmetric, largest, push
+
+_BATCHED = (
+    "Give the batch a dimension of the state, or loop: under `torch.vmap` only `y0` "
+    "may be batched, and only it may have gradients for each element."
+)
+_CAUSES = (
+    "Call `func.eval()`, and have the field return the same for the same `(t, y)`: "
+    "dropout in training mode, BatchNorm in training mode and a counter of calls that "
+    "changes its value do not, nor do sums in no fixed order on a GPU (for which there "
+    "is `torch.use_deterministic_algorithms(True)`). "
+)
+_INEXACT = "Leave out the option `coupling`: without it nothing is lost on the way. "
+_ACCEPTS = "`options={'round_trip_tolerance': ...}` accepts it."
+
+
+class Held(nn.ModuleDict):
+    """Calls anything, in which its modules may then have other parameters."""
+
+    def forward(self, call: Callable, *arguments: Any) -> Any:
+        return call(*arguments)
+
+
+@dataclass
+class Walk:
+    """A solve: what it is given, a field on tensors of real numbers among it, and what
+    is kept of the way forward for the way back."""
+
+    field: Field
+    base: Base
+    twins: Symmetric | McCallumFoster
+    steps: Grid | Controller
+    halvings_of: Halvings
+    module: nn.Module | None
+    names: list[str | None]
+    """Those that the module has for the parameters."""
+    autocast: tuple[str, torch.dtype, bool]
+    checks: bool
+    """Whether the first increment is looked at for tensors that are not known."""
+    time_gradient: bool = False
+    records: bool = False
+    """Whether there will be a way back."""
+    batched: "Walk | None" = None
+    """The same for a batch, if it was solved under `torch.vmap`."""
+
+    def look_at(self, t: Tensor, *others: Tensor) -> None:
+        """Under `torch.func` what has a gradient shows at one of several levels."""
+        if torch.is_grad_enabled():
+            self.time_gradient |= t.requires_grad
+            self.records |= any(x.requires_grad for x in (t, *others))
+
+    def run(self, call: Callable, params: Sequence[Tensor], *arguments: Any) -> Any:
+        """Calls it as in the forward pass. The module has substitutes of parameters
+        with hooks, which are for whole gradients, and of those that are not its own:
+        under `torch.func` autograd hands over others."""
+        now = {} if self.module is None else dict(self.module.named_parameters())
+        given, self.params = {}, [*params]
+        for i, (p, name) in enumerate(zip(params, self.names, strict=True)):
+            # There is no public name for hooks.
+            if name and (now.get(name) is not p or p._backward_hooks):
+                self.params[i] = p.detach().requires_grad_(self.records)
+                given[f"module.{name}"] = self.params[i]
+        with torch.autocast(*self.autocast):
+            if self.module is None or not given:
+                return call(*arguments)
+            held = Held({"module": self.module})
+            return torch.func.functional_call(held, given, (call, *arguments))
+
+    def increment(
+        self, t0: float, t1: float, n: Any, thetas: Sequence[float] = ()
+    ) -> tuple[Increment, list[Tensor], list[Time]]:
+        """That from the twin `n`, what it departs by within the step, and its times.
+        Its graph is recorded in both passes: without it some kernels are others."""
+        y = self.twins.decode(n).to(self.dtype, copy=True).requires_grad_(self.records)
+        times: list[Any] = [t0, t1, *thetas]
+        if self.time_gradient:
+            leaf = lambda t: torch.tensor(t, dtype=torch.float64).requires_grad_()
+            times = [leaf(t) for t in times]
+        with torch.set_grad_enabled(self.records or self.checks):
+            part = Increment(self.base, self.field, times[0], times[1] - times[0], y)
+            departures = [part.departure(theta) for theta in times[2:]]
+        if self.checks:
+            self.checks = False
+            check_that_all_are_known([y, *times, *self.params], part.value)
+        return part, departures, times
+
+    def forward(self, t: Tensor, y0: Tensor) -> Tensor:
+        """The solution at `t`."""
+        self.asked, self.dtype = t.tolist(), y0.dtype
+        self.ys, code = y0.new_empty((len(t), *y0.shape)), self.twins.encode(y0)
+        self.ys[0], self.pair, self.bits = y0, (code, code), []
+        self.times, self.halvings, self.rows, self.row = self.asked[:1], [], [], 1
+        """The ends of steps; for each step its halvings, and which rows of the times
+        asked for it has, at what share of it: `None` is its end itself."""
+        self.peak, self.size, self.ratio = largest(y0), 0.0, 0.0
+        if isinstance(self.steps, Controller):
+            self.adapt(self.steps, y0)
+        else:
+            self.follow(self.steps(t).tolist())
+        ys = self.ys
+        del self.ys  # So that what is kept dies with the graph of the solution.
+        return ys
+
+    def step(self, t1: float, control: Controller | None = None) -> float:
+        """(C), (F1), (F2), of which nothing is kept where a controller finds the error
+        too large. Returns that in units of what is allowed."""
+        twins, t0, rows, ratio = self.twins, self.times[-1], self.within(t1), 0.0
+        share = [
+            (t - self.asked[0]) / (self.asked[-1] - self.asked[0]) for t in (t0, t1)
+        ]
+        b = self.halvings_of(self.halvings, *share)
+        (y, z), shed = twins.mix(*self.pair, b)  # (C)
+        inside = [theta for _, theta in rows if theta is not None]
+        part, departures, _ = self.increment(t0, t1, z, inside)
+        up, u = part.value.detach(), part.error().detach()
+        del part  # With its graph.
+        y = y + twins.encode(up)  # (F1)
+        part = self.increment(t1, t0, y)[0]
+        down = part.value.detach()
+        z = z - twins.encode(down)  # (F2)
+        sizes = map(largest, (up, down, part.y.detach(), twins.decode(z)))
+        peak = torch.stack([self.peak, *sizes]).amax()  # NaN stays.
+        if control:
+            for weight in self.base.error[len(self.base.b) :]:
+                # Of the field at the end, which the other half of the step begins with.
+                u.add_(part.ks[0].detach(), alpha=(t1 - t0) * weight)
+            u, e = u.abs(), (up + down).abs()  # (E)
+            error = u + 2.5 * u.sqrt() * e.sqrt() + e * 2.0**-b  # (U)
+            ends = twins.readout(*self.pair), twins.readout(y, z)
+            ratio = control.ratio(error, *ends) if peak < twins.largest else math.inf
+            if not (ratio <= 1 or abs(t1 - t0) <= control.min_step):
+                return ratio
+        before, self.pair = self.pair, (y, z)
+        self.peak, self.row = peak, self.row + len(rows)
+        self.times.append(t1)
+        self.halvings.append(b)
+        self.rows.append(rows)
+        if shed is not None and self.records:
+            push(self.bits, shed, b)
+        for row, theta in rows:
+            self.ys[row] = after = twins.readout(y, z)
+            if theta is not None:
+                line = torch.lerp(twins.readout(*before), after, theta)
+                self.ys[row] = line + departures.pop(0).detach()  # (D)
+        return ratio
+
+    def within(self, t1: float) -> list[tuple[int, float | None]]:
+        """The rows of the times asked for that a step reaches."""
+        t0, last, row, rows = self.times[-1], len(self.asked) - 1, self.row, []
+        while row <= last and (self.asked[row] - t1) * (t1 - t0) <= 0:
+            ends = row == last or self.steps is at_times
+            rows.append((row, None if ends else (self.asked[row] - t0) / (t1 - t0)))
+            row += 1
+        return rows
+
+    def look(self) -> None:
+        """Raises if the twins are apart, or numbers out of range."""
+        peak, limit, t1 = float(self.peak), self.twins.largest, self.times[-1]
+        if not peak < limit:
+            raise FloatingPointError(
+                "Pass the largest absolute value that the state reaches as "
+                "`options={'largest': ...}`, take smaller steps, or look for what is "
+                f"not finite in the field: it had come to {peak:.3g} at t = {t1:g}, of "
+                f"{limit:.3g} allowed."
+            )
+        self.size = max(self.size, float(largest(self.twins.readout(*self.pair))))
+        y, z = map(self.twins.decode, self.pair)
+        before, self.ratio = self.ratio, float(largest(y - z)) / (self.size or 1.0)
+        if not (self.ratio <= 1 or (self.ratio <= 10 and before <= 1)):  # (W)
+            raise FloatingPointError(
+                "Take smaller steps, or more halvings of the gap, up to "
+                "`options={'halvings_per_step': 4}`: the field damps more than the "
+                f"coupling holds, and drove the twins apart by t = {t1:g}."
+            )
+
+    def follow(self, times: list[float]) -> None:
+        """Steps that are known beforehand."""
+        if (times[0], times[-1]) != (self.asked[0], self.asked[-1]):
+            raise ValueError("Begin the grid of steps at `t[0]` and end it at `t[-1]`.")
+        n = len(times) - 1
+        for i, t1 in enumerate(times[1:]):
+            self.step(t1)
+            if i < 16 or i == n - 1 or i % max(1, n // 64) == 0:
+                self.look()
+
+    def adapt(self, control: Controller, y0: Tensor) -> None:
+        """Steps that a controller chooses."""
+        t0, end, order, tries = self.asked[0], self.asked[-1], self.base.order, 0
+        h = control.first(self.field, t0, y0, order, math.copysign(1.0, end - t0))
+        while (t0 := self.times[-1]) != end:
+            t1 = control.end(t0, h, end, tries)
+            ratio, tries = self.step(t1, control), tries + 1
+            h = control.next(abs(t1 - t0), ratio, order)
+            if self.times[-1] == t1:
+                self.look()
+
+
+class Solve(torch.autograd.Function):
+    """The solution at `t`, as one function for autograd."""
+
+    @staticmethod
+    def forward(walk: Walk, t: Tensor, y0: Tensor, *params: Tensor) -> Tensor:
+        return walk.run(walk.forward, params, t.detach().double(), y0.detach())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.walk, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, ct: Tensor) -> tuple:
+        wanted = ctx.needs_input_grad[3:]
+        cts = PullBack.apply(ctx.walk, wanted, ct, *ctx.saved_tensors)
+        t_ct, y0_ct, *found = cts
+        return None, t_ct, y0_ct, *(found.pop(0) if x else None for x in wanted)
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple, walk: Walk, t, y0, *params) -> tuple:
+        if any(d is not None for d in (dims[1], *dims[3:])):
+            raise NotImplementedError(_BATCHED)
+        field = torch.vmap(walk.field, in_dims=(None, 0))
+        walk.batched = replace(walk, field=field, checks=False)
+        walk.batched.look_at(t, y0, *params)
+        return Solve.apply(walk.batched, t, y0.movedim(dims[2], 0), *params), 1
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise NotImplementedError(
+            "Use reverse mode (`backward`, `torch.func.grad`), or `torchdiffeq.odeint`."
+        )
+
+
+class PullBack(torch.autograd.Function):
+    """The cotangents of `t`, the initial state and the parameters that are wanted."""
+
+    @staticmethod
+    def forward(walk: Walk, wanted: tuple, ct, t, y0, *params) -> tuple:
+        return walk.run(back, params, walk, wanted, ct, t, y0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None: ...
+
+    @staticmethod
+    def backward(ctx: Any, *cts: Tensor) -> None:
+        raise NotImplementedError(
+            "Differentiate once. For second derivatives use `torchdiffeq.odeint`, or "
+            "forward over reverse with the JAX package reversax."
+        )
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple, walk: Walk, wanted, ct, t, y0, *params):
+        if walk.batched is None and dims[2] is not None:
+            # Of one solve, for several cotangents.
+            pull = lambda c: PullBack.apply(walk, wanted, c, t, y0, *params)
+            each = [pull(c) for c in ct.unbind(dims[2])]
+            return tuple(map(torch.stack, zip(*each, strict=True))), (0,) * len(each[0])
+        if any(wanted) or dims[3] is not None or walk.time_gradient:
+            raise NotImplementedError(_BATCHED)
+        y0 = y0.movedim(dims[4], 0)
+        ct = ct.movedim(dims[2], 1) if dims[2] is not None else ct[:, None]
+        ct = ct.expand(len(t), *y0.shape)
+        return PullBack.apply(walk.batched, wanted, ct, t, y0, *params), (None, 0)
+
+    jvp = Solve.jvp
+
+
+def back(walk: Walk, wanted: tuple, ct: Tensor, t: Tensor, y0: Tensor) -> tuple:
+    """The cotangents, if the certificate holds."""
+    buffers = lambda: [] if walk.module is None else walk.module.buffers()
+    versions = lambda: [(id(x), x._version) for x in buffers()]
+    before, way, tolerance = versions(), WayBack(walk, ct, wanted), walk.twins.tolerance
+    true, decode = walk.twins.encode(y0.detach()), walk.twins.decode
+    off = max(float(largest(decode(n - true))) for n in way.pair) / (walk.size or 1.0)
+    # Phrased so that NaN fails.
+    if not off <= tolerance and tolerance != math.inf:
+        raise RuntimeError(
+            f"{_CAUSES if walk.twins.exact else _INEXACT}The backward pass did not "
+            f"find the initial state again: it was off by {off:.1e} of the solution's "
+            f"largest size, of which {tolerance:.1e} is allowed. {_ACCEPTS}"
+        )
+    if tolerance != math.inf and versions() != before:
+        raise RuntimeError(
+            f"{_CAUSES}It found the initial state again, but the field changed its "
+            f"buffers, in both passes. {_ACCEPTS}"
+        )
+    sums = [s.to(p.dtype) for s, p in zip(way.sums, way.inputs, strict=True)]
+    return way.of_times(t), (way.y + way.z + ct[0]).to(y0.dtype), *sums
+
+
+class WayBack:
+    """A solve on its way back."""
+
+    def __init__(self, walk: Walk, ct: Tensor, wanted: Any):
+        # What was recorded stays, for who goes back once more.
+        self.walk, self.pair, self.bits = walk, walk.pair, [*walk.bits]
+        self.inputs = [p for p, x in zip(walk.params, wanted, strict=True) if x]
+        if not all(p.requires_grad and not p._backward_hooks for p in self.inputs):
+            raise NotImplementedError(
+                "Pass the module that has the parameters as `func`, and call the solve "
+                "within `functional_call`: a function that reads them has no gradient by "
+                "them under `torch.func.grad`, nor if they have hooks."
+            )
+        wide = lambda x: torch.promote_types(x.dtype, torch.float32)
+        self.sums = [torch.zeros_like(p, dtype=wide(p)) for p in self.inputs]
+        """Cotangents of the parameters that are wanted."""
+        self.ct = ct.to(wide(ct))
+        self.y = self.z = torch.zeros_like(self.ct[0])
+        """Cotangents of the twins."""
+        self.ends, self.asked = [0.0] * len(walk.times), [0.0] * len(ct)
+        """Cotangents of the ends of steps, and of the times asked for."""
+        for step in reversed(range(len(walk.halvings))):
+            self.undo(step)
+
+    def of_readout(self, ct: Tensor) -> None:
+        y, z = self.walk.twins.weights
+        self.y, self.z = self.y + y * ct, self.z + z * ct
+
+    def undo(self, step: int) -> None:
+        walk, twins, b = self.walk, self.walk.twins, self.walk.halvings[step]
+        inside = [(row, theta) for row, theta in walk.rows[step] if theta is not None]
+        for row, theta in walk.rows[step]:
+            self.of_readout(self.ct[row] * (1.0 if theta is None else theta))  # (D)
+        (y, z), r1 = self.pair, twins.readout(*self.pair) if inside else None
+        value, ct, _ = self.pulled(step + 1, step, y, -self.z)
+        z, self.y = z + twins.encode(value), self.y + ct  # (B2)
+        value, ct, slopes = self.pulled(step, step + 1, z, self.y, inside)
+        y, self.z = y - twins.encode(value), self.z + ct  # (B1)
+        self.pair = twins.unmix(y, z, b, self.bits)  # (BC)
+        self.y, self.z = twins.pull(self.y, self.z, b)
+        for row, theta in inside:
+            self.of_readout(self.ct[row] * (1 - theta))  # (D)
+        if r1 is not None and walk.time_gradient:
+            line, (t0, t1) = r1 - twins.readout(*self.pair), walk.times[step : step + 2]
+            for (row, theta), slope in zip(inside, slopes, strict=True):
+                # Of a share of a step, (t - t0)/(t1 - t0).
+                of_t = (slope + float((self.ct[row] * line).sum())) / (t1 - t0)
+                self.asked[row] += of_t
+                self.ends[step] -= of_t * (1 - theta)
+                self.ends[step + 1] -= of_t * theta
+
+    def pulled(self, begin: int, end: int, n: Any, ct: Tensor, inside: Any = ()):
+        """The increment between two ends of steps from the twin `n`, and the cotangents
+        of that and of each `theta`; those of parameters and times are added up."""
+        walk, thetas = self.walk, [theta for _, theta in inside]
+        part, departures, times = walk.increment(
+            walk.times[begin], walk.times[end], n, thetas
+        )
+        cts = [ct, *(self.ct[row] for row, _ in inside)]
+        pairs = zip([part.value, *departures], cts, strict=True)
+        pairs = [(x, c.to(x.dtype)) for x, c in pairs if x.requires_grad]
+        leaves: list[Any] = [part.y, *(times if walk.time_gradient else [])]
+        found: Any = [None] * (len(leaves) + len(self.inputs))
+        if pairs:
+            # What the field reads may have a graph of its own, which is needed again.
+            outputs, cts = zip(*pairs, strict=True)
+            found = torch.autograd.grad(
+                outputs, [*leaves, *self.inputs], cts, True, allow_unused=True
+            )
+        for total, more in zip(self.sums, found[len(leaves) :], strict=True):
+            if more is not None:
+                total += more
+        slopes = [0.0 if x is None else float(x) for x in found[1 : len(leaves)]]
+        if slopes:
+            self.ends[begin] += slopes[0]
+            self.ends[end] += slopes[1]
+        y_ct = torch.zeros_like(ct) if found[0] is None else found[0].to(ct.dtype)
+        return part.value.detach(), y_ct, slopes[2:]
+
+    def of_times(self, t: Tensor) -> Tensor:
+        """By the grid of steps, as a function of the times asked for."""
+        if not self.walk.time_gradient:
+            return torch.zeros_like(t)
+        grid = self.walk.steps
+        if isinstance(grid, Controller):
+            grid = grid_of_ends(self.walk.times)
+        with torch.enable_grad():
+            leaf = t.detach().double().requires_grad_()
+            ends = grid(leaf)
+        as_tensor = lambda x: torch.tensor(x, dtype=torch.float64, device=t.device)
+        (found,) = torch.autograd.grad(ends, leaf, as_tensor(self.ends))
+        return (found + as_tensor(self.asked)).to(t.dtype)
