@@ -93,6 +93,7 @@ CONTENDERS = {
     "reversax-torch, euler": reversible("euler"),
     "reversax-torch, bosh3": reversible("bosh3"),
     "reversax-torch, tsit5": reversible("tsit5"),
+    "reversax-torch, dopri8": reversible("dopri8"),
     "reversax-torch, dopri5, adaptive": adaptive(reversax_torch.odeint, "dopri5"),
 }
 

@@ -102,7 +102,7 @@ class Walk:
     ) -> tuple[Increment, list[Tensor], list[Time]]:
         """That from the twin `n`, what it departs by within the step, and its times.
         Its graph is recorded in both passes: without it some kernels are others."""
-        y = self.twins.decode(n).to(self.dtype, copy=True).requires_grad_(self.records)
+        y = self.twins.decode(n).to(self.dtype).detach().requires_grad_(self.records)
         times: list[Any] = [t0, t1, *thetas]
         if self.time_gradient:
             leaf = lambda t: torch.tensor(t, dtype=torch.float64).requires_grad_()
@@ -143,15 +143,15 @@ class Walk:
         (y, z), shed = twins.mix(*self.pair, b)  # (C)
         inside = [theta for _, theta in rows if theta is not None]
         part, departures, _ = self.increment(t0, t1, z, inside)
-        up, u = part.value.detach(), part.error().detach()
+        up, u = part.value.detach(), part.error() if control else None
         del part  # With its graph.
         y = y + twins.encode(up)  # (F1)
         part = self.increment(t1, t0, y)[0]
         down = part.value.detach()
         z = z - twins.encode(down)  # (F2)
-        sizes = map(largest, (up, down, part.y.detach(), twins.decode(z)))
-        peak = torch.stack([self.peak, *sizes]).amax()  # NaN stays.
-        if control:
+        found = torch.stack([up, down, part.y.detach(), twins.decode(z).to(up)])
+        peak = torch.maximum(self.peak, largest(found))  # NaN stays.
+        if control and u is not None:
             for weight in self.base.error[len(self.base.b) :]:
                 # Of the field at the end, which the other half of the step begins with.
                 u.add_(part.ks[0].detach(), alpha=(t1 - t0) * weight)
@@ -327,9 +327,9 @@ class WayBack:
         self.inputs = [p for p, x in zip(walk.params, wanted, strict=True) if x]
         if not all(p.requires_grad and not p._backward_hooks for p in self.inputs):
             raise NotImplementedError(
-                "Pass the module that has the parameters as `func`, and call the solve "
-                "within `functional_call`: a function that reads them has no gradient by "
-                "them under `torch.func.grad`, nor if they have hooks."
+                "Pass the module that has the parameters as `func`, `functional_call` "
+                "around the solve: a function that reads them has no gradient by them "
+                "under `torch.func.grad`, nor if they have hooks."
             )
         wide = lambda x: torch.promote_types(x.dtype, torch.float32)
         self.sums = [torch.zeros_like(p, dtype=wide(p)) for p in self.inputs]
