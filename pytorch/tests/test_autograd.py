@@ -41,6 +41,16 @@ def test_hooks_are_called_once_on_the_whole_gradient():
     assert weight.grad is not None and torch.equal(weight.grad, 2 * expected)
 
 
+def test_hooks_on_what_a_function_reads_are_refused():
+    """There autograd would call them at each step."""
+    weight = torch.eye(3, dtype=torch.float64).requires_grad_()
+    weight.register_hook(lambda g: 2 * g)
+    field = lambda t, y: (y @ weight).tanh()
+    ys = odeint(field, start(), T, adjoint_params=(weight,), **FEW)
+    with pytest.raises(NotImplementedError, match=r"^Pass the module"):
+        ys.sum().backward()
+
+
 def test_a_graph_may_be_gone_through_twice():
     model, y0, expected = reference()
     loss, wanted = model(y0), [y0, *model.parameters()]

@@ -37,9 +37,8 @@ def odeint(
     in memory that hardly grows with the number of steps.
 
     Gradients by `y0`, parameters and `t` are those of the discrete solve: steps are
-    undone to the bit, which every backward pass checks. All methods are explicit; for
-    stiff problems, events and second derivatives use another package, and for short
-    solves with memory to spare `torchdiffeq.odeint`.
+    undone to the bit, which every backward pass checks. For stiff problems, events and
+    second derivatives use another package, for short solves `torchdiffeq.odeint`.
 
     **Arguments:**
 
@@ -114,9 +113,8 @@ def _checked(func: Any, t: Any, method: Any, options: dict, event_fn: Any) -> Ba
         )
     if unknown := {*options} - _OPTIONS:
         raise ValueError(
-            f"Leave out of `options` {', '.join(sorted(unknown))}. At a jump of the "
-            "field have a step end, `step_t`, or solve piece by piece; values within "
-            "steps are of the base's order without `interp`."
+            f"Leave out of `options` {', '.join(sorted(unknown))}. At jumps have steps "
+            "end, `step_t`; values within steps are of the base's order anyhow."
         )
     if not (isinstance(t, Tensor) and t.is_floating_point() and t.ndim == 1):
         raise TypeError(
@@ -131,10 +129,7 @@ def _checked(func: Any, t: Any, method: Any, options: dict, event_fn: Any) -> Ba
 def _twins(dtype: torch.dtype, options: dict) -> Symmetric | McCallumFoster:
     coupling = options.get("coupling", "symmetric")
     if coupling not in ("symmetric", "mccallum-foster"):
-        raise ValueError(
-            'Pass "symmetric" or "mccallum-foster" as `options={"coupling": ...}`, not '
-            f"{coupling!r}."
-        )
+        raise ValueError(f'Pass "symmetric" or "mccallum-foster", not {coupling!r}.')
     twins = Symmetric(dtype, options.get("largest"))
     if coupling == "mccallum-foster":
         twins = McCallumFoster(dtype, options.get("coupling_parameter", 0.999))

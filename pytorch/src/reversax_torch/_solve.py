@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Base, Field, Increment, Time
-from ._state import check_that_all_are_known
+from ._state import Held, check_that_all_are_known
 from ._steps import Controller, Grid, Halvings, at_times, grid_of_ends
 from ._twins import McCallumFoster, Symmetric, largest, push
 
@@ -43,13 +43,6 @@ _CAUSES = (
 )
 _INEXACT = "Leave out the option `coupling`: without it nothing is lost on the way. "
 _ACCEPTS = "`options={'round_trip_tolerance': ...}` accepts it."
-
-
-class Held(nn.ModuleDict):
-    """Calls anything, in which its modules may then have other parameters."""
-
-    def forward(self, call: Callable, *arguments: Any) -> Any:
-        return call(*arguments)
 
 
 @dataclass
@@ -189,19 +182,18 @@ class Walk:
         peak, limit, t1 = float(self.peak), self.twins.largest, self.times[-1]
         if not peak < limit:
             raise FloatingPointError(
-                "Pass the largest absolute value that the state reaches as "
-                "`options={'largest': ...}`, take smaller steps, or look for what is "
-                f"not finite in the field: it had come to {peak:.3g} at t = {t1:g}, of "
-                f"{limit:.3g} allowed."
+                "Pass the largest absolute value of the state as the option `largest`, "
+                "take smaller steps, or look for what is not finite in the field: it "
+                f"had come to {peak:.3g} at t = {t1:g}, of {limit:.3g} allowed."
             )
         self.size = max(self.size, float(largest(self.twins.readout(*self.pair))))
         y, z = map(self.twins.decode, self.pair)
         before, self.ratio = self.ratio, float(largest(y - z)) / (self.size or 1.0)
         if not (self.ratio <= 1 or (self.ratio <= 10 and before <= 1)):  # (W)
             raise FloatingPointError(
-                "Take smaller steps, or more halvings of the gap, up to "
-                "`options={'halvings_per_step': 4}`: the field damps more than the "
-                f"coupling holds, and drove the twins apart by t = {t1:g}."
+                "Take smaller steps, or more halvings of the gap, up to 4 as the "
+                "option `halvings_per_step`: the field damps more than the coupling "
+                f"holds, and drove the twins apart by t = {t1:g}."
             )
 
     def follow(self, times: list[float]) -> None:
@@ -241,9 +233,8 @@ class Solve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, ct: Tensor) -> tuple:
         wanted = ctx.needs_input_grad[3:]
-        cts = PullBack.apply(ctx.walk, wanted, ct, *ctx.saved_tensors)
-        t_ct, y0_ct, *found = cts
-        return None, t_ct, y0_ct, *(found.pop(0) if x else None for x in wanted)
+        t, y0, *found = PullBack.apply(ctx.walk, wanted, ct, *ctx.saved_tensors)
+        return None, t, y0, *(found.pop(0) if x else None for x in wanted)
 
     @staticmethod
     def vmap(info: Any, dims: tuple, walk: Walk, t, y0, *params) -> tuple:
@@ -373,9 +364,8 @@ class WayBack:
         """The increment between two ends of steps from the twin `n`, and the cotangents
         of that and of each `theta`; those of parameters and times are added up."""
         walk, thetas = self.walk, [theta for _, theta in inside]
-        part, departures, times = walk.increment(
-            walk.times[begin], walk.times[end], n, thetas
-        )
+        ends = walk.times[begin], walk.times[end]
+        part, departures, times = walk.increment(*ends, n, thetas)
         cts = [ct, *(self.ct[row] for row, _ in inside)]
         pairs = zip([part.value, *departures], cts, strict=True)
         pairs = [(x, c.to(x.dtype)) for x, c in pairs if x.requires_grad]
@@ -384,9 +374,8 @@ class WayBack:
         if pairs:
             # What the field reads may have a graph of its own, which is needed again.
             outputs, cts = zip(*pairs, strict=True)
-            found = torch.autograd.grad(
-                outputs, [*leaves, *self.inputs], cts, True, allow_unused=True
-            )
+            inputs = [*leaves, *self.inputs]
+            found = torch.autograd.grad(outputs, inputs, cts, True, allow_unused=True)
         for total, more in zip(self.sums, found[len(leaves) :], strict=True):
             if more is not None:
                 total += more
@@ -401,11 +390,9 @@ class WayBack:
         """By the grid of steps, as a function of the times asked for."""
         if not self.walk.time_gradient:
             return torch.zeros_like(t)
-        grid = self.walk.steps
-        if isinstance(grid, Controller):
-            grid = grid_of_ends(self.walk.times)
+        steps, leaf = self.walk.steps, t.detach().double().requires_grad_()
+        grid = grid_of_ends(self.walk.times) if isinstance(steps, Controller) else steps
         with torch.enable_grad():
-            leaf = t.detach().double().requires_grad_()
             ends = grid(leaf)
         as_tensor = lambda x: torch.tensor(x, dtype=torch.float64, device=t.device)
         (found,) = torch.autograd.grad(ends, leaf, as_tensor(self.ends))

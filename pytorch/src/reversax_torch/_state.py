@@ -84,6 +84,13 @@ def parameters_of(module: nn.Module | None) -> Iterable[Tensor]:
     return [x for x in held if isinstance(x, Tensor)]
 
 
+class Held(nn.ModuleDict):
+    """Calls anything, in which its modules may then have other parameters."""
+
+    def forward(self, call: Callable, *arguments: Any) -> Any:
+        return call(*arguments)
+
+
 def check_that_all_are_known(known: list, value: Tensor) -> None:
     """Raises if it depends on a tensor that has gradients and is not known."""
     ids = {id(x) for x in known}

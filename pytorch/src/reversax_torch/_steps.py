@@ -40,8 +40,8 @@ def halvings_of(value: Any, total: int) -> Halvings:
     each = Fraction(value).limit_denominator(10**6)
     if not (0 < each <= 30 and 1 in (each.numerator, each.denominator)):
         raise ValueError(
-            'Pass "auto", an integer from 1 to 30, or 1/m for an integer m, such as '
-            f"1/4, as `options={{'halvings_per_step': ...}}`, not {value!r}."
+            'Pass "auto", an integer from 1 to 30, or 1/m for an integer m as the '
+            f"option `halvings_per_step`, not {value!r}."
         )
     until = lambda step: math.floor(step * each)
     return lambda made, *_: until(len(made) + 1) - until(len(made))

@@ -93,29 +93,27 @@ class Symmetric:
         limit = 890 if self.wide else 60
         if not 2.0**-limit <= float(largest) <= 2.0**limit:
             raise ValueError(
-                f"Pass a number from 2**-{limit} to 2**{limit} as `options={{'largest':"
-                f" ...}}`, the largest absolute value of a state, not {largest!r}."
+                f"Pass a number from 2**-{limit} to 2**{limit} as the option "
+                f"`largest`, the largest absolute value of a state, not {largest!r}."
             )
         self.largest = 2.0 ** math.ceil(math.log2(largest))
         self.unit = self.largest * 2.0**-_BITS
 
     def encode(self, x: Tensor) -> Any:
         # Exact but for the last rounding, in single precision too.
-        scaled = x.to(torch.float64 if self.wide else torch.float32) * (1 / self.unit)
-        high = scaled.round()
         if not self.wide:
-            return high.to(torch.int64)
-        low = scaled.sub_(high).mul_(2.0**_BITS).round_()
-        return Wide(high.to(torch.int64), low.to(torch.int64))
+            return (x.float() * (1 / self.unit)).round_().long()
+        scaled = x * (1 / self.unit)
+        high = scaled.round()
+        return Wide(high.long(), scaled.sub_(high).mul_(2.0**_BITS).round_().long())
 
     def decode(self, n: Any) -> Tensor:
         if not self.wide:
-            return n.to(torch.float32).mul_(self.unit)
+            return n.float().mul_(self.unit)
         # With the lower word in [-2**61, 2**61) small negative numbers keep digits.
         carry = n.low >> (_BITS - 1)
-        rest = (n.low - (carry << _BITS)).to(torch.float64)
-        rest = rest.mul_(2.0**-_BITS * self.unit)
-        return (n.high + carry).to(torch.float64).mul_(self.unit).add_(rest)
+        high, low = (n.high + carry).double(), (n.low - (carry << _BITS)).double()
+        return high.mul_(self.unit).add_(low, alpha=2.0**-_BITS * self.unit)
 
     def readout(self, y: Any, z: Any) -> Tensor:
         return (self.decode(y) + self.decode(z)) * 0.5
@@ -150,8 +148,7 @@ class McCallumFoster:
         self.lam, self.tolerance = float(lam), math.sqrt(torch.finfo(dtype).eps)
         if not 0 < self.lam <= 1:
             raise ValueError(
-                "Pass a number in (0, 1] as `options={'coupling_parameter': ...}`, not "
-                f"{lam}."
+                f"Pass a number in (0, 1] as coupling_parameter, not {lam}."
             )
 
     def encode(self, x: Tensor) -> Tensor:
