@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torchdiffeq
-from helpers import ADAPTIVE, FIXED, Network, start
+from helpers import ADAPTIVE, FIXED, Network, psi, stages, start
 from reversax_torch import odeint, odeint_adjoint
 from reversax_torch._base import BASES
 
@@ -161,6 +161,23 @@ def test_norm_and_bounds_of_steps_are_heeded():
     assert 0.7 in lengths
     count({})
     assert 0.7 not in lengths
+
+
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_a_controller_is_told_of_the_estimate_of_the_base_and_of_the_gap(method):
+    field, y0, base, h, seen = Network(), start(), BASES[method], 0.3, []
+    norm = lambda error: seen.append(error) or error.abs().max()
+    options = {"first_step": h, "norm": norm}
+    odeint(field, y0, T[:2], method=method, rtol=0.0, atol=1.0, options=options)
+    t0, t1 = torch.tensor([0.0, h], dtype=torch.float64)
+    up = psi(base, field, t0, h, y0)
+    down = psi(base, field, t1, -h, y0 + up)
+    ks = [*stages(base, field, t0, h, y0), field(t1, y0 + up)]
+    u = h * sum(w * k for w, k in zip(base.error, ks, strict=False)).abs()
+    e = (up + down).abs()
+    # Four halvings, the most, since most of the time passes.
+    expected = u + 2.5 * (u * e).sqrt() + e / 16
+    assert torch.allclose(seen[0], expected, rtol=1e-3, atol=1e-17)
 
 
 def test_one_time_returns_the_initial_state():

@@ -72,7 +72,7 @@ def odeint(
     structure, module = Structure(y0), module_of(func)
     y0, device = structure.pack(y0), structure.device
     params = parameters_of(module) if adjoint_params is None else adjoint_params
-    params = [p for p in params if p.is_floating_point()]
+    params = [p for p in params if p.is_floating_point() or p.is_complex()]
     names = {} if module is None else {id(p): k for k, p in module.named_parameters()}
     autocasts = torch.is_autocast_enabled(device)
     steps = _steps(structure, func, y0, base, rtol, atol, options)
