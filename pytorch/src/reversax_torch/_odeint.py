@@ -69,15 +69,26 @@ def odeint(
     """
     options = {k: v for k, v in (options or {}).items() if v is not None}
     base = _checked(func, t, method, options, event_fn)
-    structure, module = Structure(y0), module_of(func)
-    y0, device = structure.pack(y0), structure.device
-    params = parameters_of(module) if adjoint_params is None else adjoint_params
+    structure = Structure(y0)
+    y0 = structure.pack(y0)
+    steps = _steps(structure, func, y0, base, rtol, atol, options)
+    params, walk = _walk(structure, func, y0, base, steps, options, adjoint_params)
+    walk.look_at(t, y0, *params)
+    ys = Solve.apply(walk, t, y0, *params) if len(t) > 1 else y0[None]
+    return structure.unpack(ys, len(t))
+
+
+def _walk(
+    structure: Structure, func: Callable, y0, base, steps, options, given
+) -> tuple[list[Tensor], Walk]:
+    """The parameters, and the solve."""
+    module, device = module_of(func), structure.device
+    params = parameters_of(module) if given is None else given
     params = [p for p in params if p.is_floating_point() or p.is_complex()]
     names = {} if module is None else {id(p): k for k, p in module.named_parameters()}
-    autocasts = torch.is_autocast_enabled(device)
-    steps = _steps(structure, func, y0, base, rtol, atol, options)
     halvings = options.get("halvings_per_step", "auto")
-    walk = Walk(
+    autocasts = torch.is_autocast_enabled(device)
+    return params, Walk(
         field=structure.field(func, y0),
         base=base,
         twins=_twins(y0.dtype, options),
@@ -88,11 +99,8 @@ def odeint(
         module=module,
         names=[names.get(id(p)) for p in params],
         autocast=(device, torch.get_autocast_dtype(device), autocasts),
-        checks=torch.is_grad_enabled() and adjoint_params is None,
+        checks=torch.is_grad_enabled() and given is None,
     )
-    walk.look_at(t, y0, *params)
-    ys = Solve.apply(walk, t, y0, *params) if len(t) > 1 else y0[None]
-    return structure.unpack(ys, len(t))
 
 
 def _checked(func: Any, t: Any, method: Any, options: dict, event_fn: Any) -> Base:
