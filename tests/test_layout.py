@@ -17,7 +17,7 @@ ROOMS = {
     "_numbers": "__init__ schedule arithmetic fixed_point",
     "_schemes": "__init__ control coupling problem increment fields moves scheme "
     "undoing interpolation error_estimate twins vector_fields "
-    "native symplectic watch base",
+    "native retraced own symplectic watch base",
     "": "_solver _symplectic schemes",
     "_walk": "__init__ clock times stepping timeline tape observe event setup "
     "faults forward certificate cotangents lane backward rule",

@@ -44,7 +44,9 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
     forward, and their pull-backs.
 
     Every backward pass checks that it arrives at the initial state again: to the bit
-    with [`reversax.FixedPoint`][], else to a tolerance. The factors by which a
+    with [`reversax.FixedPoint`][], else to a tolerance. So it does for a solver of your
+    own with a `backward_step`, of which the gradient is that of its steps forward, at
+    states that are off by what `backward_step` misses. The factors by which a
     controller changes the step count as constants, which is how Diffrax's own are made.
     """
 
@@ -126,7 +128,9 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     the largest size that the state had, per leaf of the state; dimensionless. By
     default zero with [`reversax.FixedPoint`][], else the square root of the machine
     epsilon: 3.5e-4 in single precision, 1.5e-8 in double; the coarsest leaf counts.
-    (Some ulps of the largest leaf pass in any leaf.) `math.inf` switches the check off.
+    (Some ulps of the largest leaf pass in any leaf.) For a solver of which the
+    `backward_step` undoes a step only nearly, the accuracy that a gradient needs.
+    `math.inf` switches the check off.
 - `restart_every`: with [`reversax.FloatingPoint`][], at every how many accepted steps
     to keep the pair of states, for the backward pass to restart from (and to check its
     round trip by); a Python integer of at least 1, or `None` for never. By default,

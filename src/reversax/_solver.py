@@ -7,7 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from ._numbers.arithmetic import AbstractArithmetic, FloatingPoint, State
+from ._numbers.arithmetic import AbstractArithmetic, FloatingPoint
 from ._numbers.fixed_point import FixedPoint
 from ._numbers.schedule import MOST, Index, PerStep
 from ._schemes.base import check_memory, checked_sometimes
@@ -16,8 +16,8 @@ from ._schemes.coupling import AbstractCoupling, Symmetric
 from ._schemes.increment import AbstractIncrement, make_increment
 from ._schemes.interpolation import TwinInterpolationFactory
 from ._schemes.moves import Codes
-from ._schemes.native import native_scheme, undoes_itself
-from ._schemes.problem import check_problem, innermost, layers_of
+from ._schemes.own import own_scheme, undoes_itself, undoes_itself_inexactly
+from ._schemes.problem import Problem, check_problem, innermost, layers_of
 from ._schemes.scheme import AbstractScheme, Span
 from ._schemes.twins import Twins
 from ._schemes.watch import APART, Seen, Watch, begin, look
@@ -36,7 +36,7 @@ def _check_base(solver: Any) -> None:
     # By exact type: `isinstance` looks through wrappers.
     reversible = any(issubclass(type(layer), Reversible) for layer in layers)
     name = "Reversible" if reversible else type(layers[-1]).__name__
-    if isinstance(solver, dfx.AbstractImplicitSolver):
+    if isinstance(solver, dfx.AbstractImplicitSolver) and not undoes_itself(solver):
         raise ValueError(
             "Use an explicit solver such as `diffrax.Tsit5()`, or keep the implicit "
             f"`{name}` with `adjoint=diffrax.RecursiveCheckpointAdjoint()`: its step "
@@ -115,8 +115,9 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
             )
         self.coupling = coupling
         if arithmetic is None:
-            halves = getattr(coupling, "halves", False)
-            arithmetic = FixedPoint() if halves else FloatingPoint()
+            exact = getattr(coupling, "halves", False)
+            exact = exact and not undoes_itself_inexactly(solver)
+            arithmetic = FixedPoint() if exact else FloatingPoint()
         self.arithmetic = arithmetic
 
     def __check_init__(self):
@@ -124,9 +125,9 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
 
     @property
     def scheme(self) -> AbstractScheme:
-        native = native_scheme(self.solver, self.arithmetic)
-        if native is not None:
-            return native
+        own = own_scheme(self.solver, self.arithmetic)
+        if own is not None:
+            return own
         interpolation_cls = TwinInterpolationFactory(self.solver.interpolation_cls)
         return Twins(
             coupling=self.coupling,
@@ -138,9 +139,9 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
         self, terms: PyTree[dfx.AbstractTerm], args: PyTree
     ) -> AbstractIncrement:
         """What the scheme evaluates, for these terms and arguments."""
-        native = native_scheme(self.solver, self.arithmetic)
-        if native is not None:
-            return native.fields(terms, args)
+        own = own_scheme(self.solver, self.arithmetic)
+        if own is not None:
+            return own.fields(terms, args)
         return make_increment(self.solver, terms, args)
 
     # What Diffrax asks of a solver before the first step, all answered by the base.
@@ -189,18 +190,18 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
         return self.solver.func(terms, t0, y0, args)
 
     def init(self, terms, t0, t1, y0, args) -> ReversibleState:
-        del t1
-        check_problem(self.solver, self.coupling, (terms, t0, y0, args))
-        check_memory(self.solver, self.memoryless, (terms, t0, y0, args))
-        return first_state(self.scheme, t0, y0)
+        problem = terms, t0, y0, args
+        check_problem(self.solver, self.coupling, problem)
+        check_memory(self.solver, self.memoryless, problem)
+        return first_state(self.scheme, problem, t1)
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-        del made_jump  # Nothing is carried over from the previous step.
-        scheme, increment = self.scheme, self.fields(terms, args)
+        scheme, increment = self.scheme.bare(), self.fields(terms, args)
         codes0, num_steps = (
             scheme.rebase(solver_state.codes, y0),
             solver_state.num_steps,
         )
+        scheme.check_jump(codes0, made_jump)
         # What the number of halvings may follow from is known to the adjoint only.
         bits = scheme.schedule(0, PerStep(MOST, 1, 0)).of_step(num_steps, t0, t1)
         options = dict(error=True, dense=True)
@@ -225,11 +226,14 @@ Reversible.__init__.__doc__ = """**Arguments:**
     stages; any other goes through its own `step`, begun afresh at each step.
     `diffrax.SemiImplicitEuler`, `diffrax.LeapfrogMidpoint`, `diffrax.ReversibleHeun`,
     [`reversax.Verlet`][] and its kin undo themselves: they are stepped as they are,
-    without twins, and no bit is kept.
+    without twins, and no bit is kept. So is a solver of your own with a method
+    `backward_step(terms, t0, t1, y1, args, ts_state, solver_state, made_jump)` that
+    returns `y0`, `dense_info`, `solver_state` and `result` at `t0`, as in Diffrax's
+    pull request 727: `ts_state` is a tuple of one time, when the step before began.
 - `coupling`: how the twins are mixed, [`reversax.Symmetric`][] by default.
 - `arithmetic`: the numbers of the twins, by default [`reversax.FixedPoint`][], and
-    [`reversax.FloatingPoint`][] for [`reversax.McCallumFoster`][], which allows no
-    other.
+    [`reversax.FloatingPoint`][] for [`reversax.McCallumFoster`][] and for a solver with
+    a `backward_step`, which allow no other.
 - `memoryless`: says of a base whose `solver_state` holds arrays, which its steps read,
     that they are, up to round-off, what its `init` gives at the start of each step, as
     the last stage of the step before is. Solvers of Diffrax, and those whose steps read
@@ -238,10 +242,11 @@ Reversible.__init__.__doc__ = """**Arguments:**
 **Raises:** `ValueError` for an implicit base, for `Reversible` itself, for a wrapper of
 a solver that undoes itself, and for a coupling beside such a solver.
 `TypeError` for anything that is no solver, coupling or arithmetic. `ValueError` for
-`FixedPoint` with `McCallumFoster`. When a solve begins:
-`TypeError` for a state that is not of floating-point arrays, `ValueError` for
-`UnsafeBrownianPath`, for an Ito base on a stochastic equation, and for a base whose
-steps read what earlier ones left. During a solve: `equinox.EquinoxRuntimeError` for a
+`FixedPoint` with `McCallumFoster` or a solver with a `backward_step`. When a solve
+begins: `TypeError` for a state that is not of floating-point arrays, `ValueError` for
+`UnsafeBrownianPath`, for an Ito base on a stochastic equation, for a base whose steps
+read what earlier ones left, and for a controller with jumps where a solver with a
+`backward_step` carries arrays. During a solve: `equinox.EquinoxRuntimeError` for a
 base of which a step of no length does not return its state.
 """
 
@@ -258,6 +263,12 @@ def _check_arguments(solver: Reversible) -> None:
                 f"Pass one from reversax, such as `reversax.{example}()`, as "
                 f"`reversax.Reversible(..., {name}=...)`: {value!r} is no {name}."
             )
+    if solver.arithmetic.exact and undoes_itself_inexactly(solver.solver):
+        raise ValueError(
+            f"Leave out `arithmetic`: `{type(solver.solver).__name__}` undoes its "
+            "steps by a `backward_step` of its own, in the floating-point numbers that "
+            "it is written in. (`reversax.Reversible(...)`)"
+        )
     if solver.arithmetic.exact and not solver.coupling.halves:
         raise ValueError(
             "Use `coupling=reversax.Symmetric()` with "
@@ -270,8 +281,9 @@ def _check_arguments(solver: Reversible) -> None:
         )
 
 
-def first_state(scheme: AbstractScheme, t0: Time, y0: State) -> ReversibleState:
-    codes, zero = scheme.start(y0), jnp.zeros((), jnp.int32)
+def first_state(scheme: AbstractScheme, problem: Problem, t1: Time) -> ReversibleState:
+    _, t0, y0, _ = problem
+    codes, zero = scheme.first(problem, t1), jnp.zeros((), jnp.int32)
     before = t0 if scheme.looks_back else None
     return ReversibleState(codes, zero, begin(y0, t0), before)
 

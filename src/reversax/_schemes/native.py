@@ -47,7 +47,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from .._numbers.arithmetic import AbstractArithmetic, FloatingPoint, State
+from .._numbers.arithmetic import AbstractArithmetic, State
 from .._numbers.schedule import AbstractSchedule, Count, Index, PerStep
 from .control import Control, Leg, Time
 from .fields import Fields
@@ -327,23 +327,3 @@ class ReversibleHeun(AbstractReusing, AbstractTwice):
     def estimate(self, cores: list) -> State:
         first, last = cores[0].increment, cores[-1].increment
         return jtu.tree_map(lambda a, b: (b - a) / 2, first, last)
-
-
-def native_scheme(
-    solver: dfx.AbstractSolver, arithmetic: AbstractArithmetic
-) -> AbstractNative | None:
-    """That of a solver which undoes itself, else `None`. By exact type: a subclass may
-    step otherwise."""
-    of_diffrax: dict[type, Callable] = {
-        dfx.SemiImplicitEuler: SemiImplicitEuler,
-        dfx.LeapfrogMidpoint: LeapfrogMidpoint,
-        dfx.ReversibleHeun: ReversibleHeun,
-    }
-    if type(solver) in of_diffrax:
-        return of_diffrax[type(solver)](arithmetic)
-    make = getattr(type(solver), "reversible_scheme", None)
-    return None if make is None else make(solver, arithmetic)
-
-
-def undoes_itself(solver: dfx.AbstractSolver) -> bool:
-    return native_scheme(solver, FloatingPoint()) is not None

@@ -34,6 +34,11 @@ def is_of_diffrax(solver: dfx.AbstractSolver) -> bool:
     return packages == {"diffrax"}
 
 
+def has_backward_step(solver: dfx.AbstractSolver) -> bool:
+    """Whether a solver says itself how its steps are undone."""
+    return hasattr(type(solver), "backward_step")
+
+
 def _check_state(call: str, y0: State) -> None:
     for leaf in jtu.tree_leaves(y0):
         dtype = jnp.result_type(leaf)
@@ -66,6 +71,8 @@ def _check_noise(
             f"reversible step and its inverse do. ({call})"
         )
     if not paths or not isinstance(base, dfx.AbstractItoSolver):
+        return
+    if has_backward_step(base):  # It takes no step along the reversed path.
         return
     name = type(innermost(base)).__name__
     if type(innermost(base)) is not dfx.Euler:

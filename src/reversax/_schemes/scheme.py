@@ -33,6 +33,7 @@ from .moves import (
     Trail,
     value_of,
 )
+from .problem import Problem
 
 Values = tuple[State, ...]
 """Of a state's parts."""
@@ -92,10 +93,46 @@ class Begun(NamedTuple):
     """If the times are differentiated."""
 
 
-class AbstractScheme(eqx.Module):
-    """A way of stepping that can be undone, and the numbers that it is done in."""
+class AbstractParts(eqx.Module):
+    """The parts of a state in an arithmetic, and what follows from them."""
 
     arithmetic: eqx.AbstractVar[AbstractArithmetic]
+
+    @abc.abstractmethod
+    def read(self, values: Values) -> State:
+        """The state that the parts stand for, shaped like `y0`; linear."""
+
+    def decode(self, codes: Codes) -> Values:
+        """The values of the parts; or their cotangents, from those of the parts."""
+        return tuple(value_of(self.arithmetic, part) for part in codes)
+
+    def cotangent(self, codes: Codes, ct: Values) -> Codes:
+        """Undoes `decode` of cotangents, for those of `codes`, without what is kept."""
+        return self.arithmetic.cotangent(plain(codes), ct[: len(plain(codes))])
+
+    def readout(self, codes: Codes) -> State:
+        return self.read(self.decode(codes))
+
+    def pull_readout(self, ct_readout: State, codes: Codes) -> Values:
+        """The cotangents of the parts from that of the readout."""
+        return jax.vjp(self.read, self.decode(codes))[1](ct_readout)[0]
+
+    def difference(self, a: Codes, b: Codes) -> Values:
+        """`a - b`, decoded, without what is kept."""
+        return self.arithmetic.difference(plain(a), plain(b))
+
+    def is_finite(self, codes: Codes) -> Bool[Array, ""]:
+        leaves = [jnp.isfinite(x).all() for x in jtu.tree_leaves(self.decode(codes))]
+        return jnp.stack([jnp.array(True), *leaves]).all()
+
+    def outgrown(self, codes: Codes) -> Bool[Array, ""]:
+        """Whether a part was lost because it became too large."""
+        return self.arithmetic.outgrown(plain(codes))
+
+
+class AbstractScheme(AbstractParts):
+    """A way of stepping that can be undone, and the numbers that it is done in."""
+
     interpolation_cls: eqx.AbstractVar[Callable[..., dfx.AbstractLocalInterpolation]]
     """Made of `t0`, `t1` and the dense output of a step."""
 
@@ -110,9 +147,11 @@ class AbstractScheme(eqx.Module):
     def start(self, y0: State) -> Codes:
         """The parts before the first step."""
 
-    @abc.abstractmethod
-    def read(self, values: Values) -> State:
-        """The state that the parts stand for, shaped like `y0`; linear."""
+    def first(self, problem: Problem, t1: Time) -> Codes:
+        """The same, for a scheme that the rest of the problem matters to, with a first
+        step that is to end at `t1`."""
+        _, _, y0, _ = problem
+        return self.start(y0)
 
     def begin(self, fields: Fields, t0: Time, codes: Codes) -> Codes:
         """With what is to be kept of them, if anything."""
@@ -126,6 +165,10 @@ class AbstractScheme(eqx.Module):
 
     def reusing(self) -> "AbstractScheme":
         """The same, for steps of which each begins where the one before ended."""
+        return self
+
+    def bare(self) -> "AbstractScheme":
+        """The same, without what nothing but `first` and the fields read."""
         return self
 
     @abc.abstractmethod
@@ -157,12 +200,17 @@ class AbstractScheme(eqx.Module):
         """The dense output of a step that was undone, of all lanes."""
 
     @abc.abstractmethod
-    def empty_dense_info(self, y0: State) -> dict[str, Any]:
-        """What stands for the dense output of steps of which none was asked for."""
+    def empty_dense_info(self, y0: State) -> dict[str, Any] | None:
+        """What stands for the dense output of steps of which none was asked for; `None`
+        if these have theirs nevertheless."""
 
     def control_span(self, span: Span) -> tuple[Time, Time]:
         """From when to when the control of a step is."""
         return span.start, span.end
+
+    def check_jump(self, codes: Codes, made_jump: Any) -> None:
+        """Refuses a jump of the vector field at the start of a step, if the scheme may
+        not meet one. (Python's `False` says that there is none.)"""
 
     # What a step loses.
 
@@ -214,31 +262,8 @@ class AbstractScheme(eqx.Module):
         """What to do where the gap is larger than the state; more bits were needed."""
         raise NotImplementedError
 
-    # What follows for every scheme.
-
-    def decode(self, codes: Codes) -> Values:
-        """The values of the parts; or their cotangents, from those of the parts."""
-        return tuple(value_of(self.arithmetic, part) for part in codes)
-
-    def cotangent(self, codes: Codes, ct: Values) -> Codes:
-        """Undoes `decode` of cotangents, for those of `codes`, without what is kept."""
-        return self.arithmetic.cotangent(plain(codes), ct[: len(plain(codes))])
-
-    def readout(self, codes: Codes) -> State:
-        return self.read(self.decode(codes))
-
-    def pull_readout(self, ct_readout: State, codes: Codes) -> Values:
-        """The cotangents of the parts from that of the readout."""
-        return jax.vjp(self.read, self.decode(codes))[1](ct_readout)[0]
-
-    def difference(self, a: Codes, b: Codes) -> Values:
-        """`a - b`, decoded, without what is kept."""
-        return self.arithmetic.difference(plain(a), plain(b))
-
-    def is_finite(self, codes: Codes) -> Bool[Array, ""]:
-        leaves = [jnp.isfinite(x).all() for x in jtu.tree_leaves(self.decode(codes))]
-        return jnp.stack([jnp.array(True), *leaves]).all()
-
-    def outgrown(self, codes: Codes) -> Bool[Array, ""]:
-        """Whether a part was lost because it became too large."""
-        return self.arithmetic.outgrown(plain(codes))
+    @property
+    def unfound(self) -> tuple[str, str] | None:
+        """What to do first where a backward pass did not find the initial state again,
+        and what else there is to say; `None` if that follows from the arithmetic."""
+        return None

@@ -101,15 +101,16 @@ def checked_tangents(
     return eqx.combine(treedef.unflatten(leaves), rest), zero
 
 
-def _messages(tolerance: float | None, exact: bool) -> list[str]:
+def _messages(tolerance: float | None, scheme: AbstractScheme) -> list[str]:
     """What to do first, then how far off the round trip was."""
+    exact = scheme.arithmetic.exact
     if tolerance is not None:
         stated = f"a tolerance of {tolerance:g}"
     elif exact:
         stated = "not a bit allowed"
     else:
         stated = "a tolerance of the square root of the machine epsilon"
-    first, more = _EXACT if exact else _INEXACT
+    first, more = scheme.unfound or (_EXACT if exact else _INEXACT)
 
     def message(size: str) -> str:
         return (
@@ -177,7 +178,7 @@ def certificate(
     index = _message_index(round_trips)
     # A difference may be magnified until it overflows, though the solution did not.
     index = jnp.where(finite, jnp.minimum(index, len(_DECADES) - 1), index)
-    zero = eqx.branched_error_if(zero, failed, index, _messages(tolerance, exact))
+    zero = eqx.branched_error_if(zero, failed, index, _messages(tolerance, scheme))
     return jnp.where(finite, zero, jnp.nan)
 
 

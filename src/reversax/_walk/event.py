@@ -73,7 +73,8 @@ def without_derivatives(
     places = lambda s: (s.event_values, s.event_dense_info)
     dense_info = init_state.event_dense_info
     if not dense:
-        dense_info = scheme.empty_dense_info(y0)
+        empty = scheme.empty_dense_info(y0)
+        dense_info = dense_info if empty is None else empty
     values = constant((init_state.event_values, dense_info))
     return eqx.tree_at(places, init_state, values, is_leaf=lambda x: x is None)
 

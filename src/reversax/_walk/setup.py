@@ -136,9 +136,10 @@ def _check_call(call, solver, restart_every) -> None:
         )
 
 
-def _check_solver(solver: Reversible, problem: Problem) -> None:
+def _checked(problem: Problem, solver: Reversible) -> Problem:
     check_problem(solver.solver, solver.coupling, problem)
     check_memory(solver.solver, solver.memoryless, problem)
+    return problem
 
 
 def _scheme_of(solver: Reversible, controller: Any) -> AbstractScheme:
@@ -216,18 +217,20 @@ def _finite(t1: Array, event: dfx.Event | None) -> Array:
 
 
 def _first_state(
-    scheme: AbstractScheme, t0: Time, y0: State, given: Any, passed: bool
+    scheme: AbstractScheme, problem: Problem, init_state: Any, passed: bool
 ) -> ReversibleState:
     """The solver's state before the first step. If the user passed none, a new one, so
     that the derivative with respect to `y0` passes through no other."""
     if not passed:
-        return first_state(scheme, t0, y0)
+        return first_state(scheme, problem, init_state.tnext)
     if scheme.looks_back:
         raise ValueError(
             "Resume without the `solver_state` of the earlier solve, or with Diffrax's "
             "adjoints: a solver that looks back a step needs to know where that began, "
             f"which the backward pass does not. ({CALL})"
         )
+    _, t0, y0, _ = problem
+    given = init_state.solver_state
     codes = scheme.rebase(given.codes, y0)
     return ReversibleState(codes, given.num_steps, begin(y0, t0))
 
@@ -268,8 +271,8 @@ def set_up(
     controller, first = stepsize_controller, init_state.controller_state
     _check_call(call, solver, restart_every)
     y0, scheme = init_state.y, _scheme_of(solver, controller)
-    _check_solver(solver, (terms, t0, y0, args))
-    state = _first_state(scheme, t0, y0, init_state.solver_state, passed_solver_state)
+    problem = _checked((terms, t0, y0, args), solver)
+    state = _first_state(scheme, problem, init_state, passed_solver_state)
     increment = solver.fields(terms, args).close(t0, y0)
     fns = [close_fn(sub, args, t0, y0) for sub in _subs(saveat)]
     moment = Moment(t0, init_state.tnext, first)
@@ -286,7 +289,7 @@ def set_up(
     times = _records_times(controller, event)
     schedule = _schedule(controller, first, state.num_steps, solver, t0, t1)
     return Parts(state.codes, increment, fns, clock), Setup(
-        plan=Plan(scheme, schedule, times, restarts, max_steps),
+        plan=Plan(scheme.bare(), schedule, times, restarts, max_steps),
         steps_before=state.num_steps,
         look_every=1 if times else look_every(number_of_steps(controller, first)),
         direction=direction_of(terms),

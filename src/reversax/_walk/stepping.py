@@ -90,6 +90,7 @@ class ClosedSolver(dfx.AbstractSolver):
     @eqx.filter_jit  # Traced once for all that Diffrax's loop traces it for.
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         scheme, index = self.scheme, solver_state.num_steps
+        scheme.check_jump(y0, made_jump)
         bits = self.schedule.of_step(index, t0, t1)
         span = Span(t0, t1, solver_state.before)
         options = dict(error=self.fields.error, dense=self.fields.dense)
