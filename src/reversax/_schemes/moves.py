@@ -30,6 +30,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .._numbers.arithmetic import AbstractArithmetic, Code
+from .._xla.isolation import Evaluation
 from .control import Leg
 
 Codes = tuple[Code, ...]
@@ -114,6 +115,15 @@ def _replaced(parts: tuple, i: int, x: Any) -> tuple:
     return *parts[:i], x, *parts[i + 1 :]
 
 
+def _pulled(
+    met: Evaluation, ct_value: Any, ct: Cotangents, reads: int
+) -> tuple[Cotangents, Leg]:
+    """(T), of what was evaluated at the part `reads`, and the cotangents of its leg."""
+    ct_p, ct_leg, ct_a = met.pull(ct_value)[0]
+    parts = _replaced(ct.parts, reads, add_trees(ct.parts[reads], ct_a))
+    return Cotangents(parts, add_trees(ct.parameters, ct_p)), ct_leg
+
+
 class Add(AbstractMove):
     """(A): to the part `into`, the increment that follows from the part `reads`."""
 
@@ -146,10 +156,7 @@ class Add(AbstractMove):
         ct_rest = jtu.tree_map(jnp.zeros_like, met.value[1])
         if ct_met is not None:
             ct_increment, ct_rest = add_trees(ct_increment, ct_met[0]), ct_met[1]
-        ct_p, ct_leg, ct_a = met.pull((ct_increment, ct_rest))[0]  # (T)
-        ct_a = add_trees(ct.parts[self.reads], ct_a)
-        parts = _replaced(ct.parts, self.reads, ct_a)
-        return Cotangents(parts, add_trees(ct.parameters, ct_p)), ct_leg
+        return _pulled(met, (ct_increment, ct_rest), ct, self.reads)
 
 
 class Renew(AbstractMove):
@@ -175,12 +182,9 @@ class Renew(AbstractMove):
 
     def pull(self, context: Context, met, ct: Cotangents, ct_met=None):
         value = ct.parts[self.kept], met.value[1]
-        ct_p, ct_leg, ct_a = met.pull(value)[0]  # (T)
-        ct_a = add_trees(ct.parts[self.reads], ct_a)
         zeros = jtu.tree_map(jnp.zeros_like, ct.parts[self.kept])
-        parts = _replaced(ct.parts, self.reads, ct_a)
-        parts = _replaced(parts, self.kept, zeros)
-        return Cotangents(parts, add_trees(ct.parameters, ct_p)), ct_leg
+        ct = ct._replace(parts=_replaced(ct.parts, self.kept, zeros))
+        return _pulled(met, value, ct, self.reads)
 
 
 class Recall(AbstractMove):
