@@ -104,12 +104,6 @@ class Separable(AbstractReusing):
 
     # Dense output.
 
-    def _legs_at(self, span: Span, control: Control) -> list[list[Leg]]:
-        """Where the derivatives are: at each end that of `p`, and that of `q`."""
-        one = np.float32(1)
-        leg = lambda t, which: Leg(t, span.end, one, control, which)
-        return [[leg(t, which) for which in (0, 1)] for t in (span.start, span.end)]
-
     def info(
         self,
         context: Context,
@@ -122,11 +116,12 @@ class Separable(AbstractReusing):
         y0, y1 = map(self.readout, ends)
         if not dense:
             return self.empty_dense_info(y0) | dict(y0=y0, y1=y1)
-        legs = self._legs_at(span, control)
         core = lambda leg, y: context.fields.core(leg, y, extends=False).increment
+        one = np.float32(1)
+        legs = [Leg(t, span.end, one, control) for t in (span.start, span.end)]
         k0, k1 = [
-            (core(of_p, q), core(of_q, p))
-            for (of_p, of_q), (p, q) in zip(legs, (y0, y1), strict=True)
+            tuple(core(*at) for at in _at_end(leg, y))
+            for leg, y in zip(legs, (y0, y1), strict=True)
         ]
         return dict(y0=y0, y1=y1, k0=k0, k1=k1)
 
@@ -138,7 +133,7 @@ class Separable(AbstractReusing):
         ends = [self.readout(trail.codes[i]) for i in (0, -1)]
         kicks = moves[0].leg, moves[-1].leg  # They begin at the ends of the step.
         evaluations = [
-            _derivatives(context, leg, values)
+            tuple(context.fields.evaluate(*at) for at in _at_end(leg, values))
             for leg, values in zip(kicks, ends, strict=True)
         ]
         k0, k1 = [(of_p.value[0], of_q.value[0]) for of_p, of_q in evaluations]
@@ -161,12 +156,12 @@ class Separable(AbstractReusing):
         return Dense(dict(y0=ends[0], y1=ends[1], k0=k0, k1=k1), pull)
 
 
-def _derivatives(context: Context, leg: Leg, values: Values) -> tuple:
-    """`h f` and `h g` at one end of a step."""
+def _at_end(leg: Leg, values: Values) -> tuple:
+    """Over which leg and of which part `h f` and `h g` are evaluated at one end of a
+    step, where `leg` begins."""
     p, q = values
     leg = leg._replace(factor=np.float32(1))
-    evaluate = context.fields.evaluate
-    return evaluate(leg._replace(which=0), q), evaluate(leg._replace(which=1), p)
+    return (leg._replace(which=0), q), (leg._replace(which=1), p)
 
 
 def _pull_derivatives(end: tuple, ct_k: Values, ct_y: Values) -> tuple:
