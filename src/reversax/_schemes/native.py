@@ -69,6 +69,7 @@ from .moves import (
     take,
 )
 from .scheme import (
+    AbstractAlike,
     AbstractScheme,
     Begun,
     CotangentsOfDense,
@@ -269,19 +270,11 @@ class SemiImplicitEuler(AbstractNative):
         return first, Add(leg._replace(which=1), into=1, reads=0)  # (SE2)
 
 
-class AbstractTwice(AbstractNative):
+class AbstractTwice(AbstractAlike, AbstractNative):
     """Of one equation, with two parts that are both shaped like the state."""
 
     def fields(self, terms, args) -> VectorFields:
         return field_of(terms, args)
-
-    def start(self, y0: State) -> Codes:
-        code = self.arithmetic.encode(y0)
-        return code, code
-
-    def rebase(self, codes: Codes, y0: State) -> Codes:
-        shift = jtu.tree_map(lambda a, b: a - b, y0, self.readout(codes))
-        return tuple(self.arithmetic.add(code, shift) for code in codes)
 
 
 class LeapfrogMidpoint(AbstractTwice):

@@ -267,3 +267,17 @@ class AbstractScheme(AbstractParts):
         """What to do first where a backward pass did not find the initial state again,
         and what else there is to say; `None` if that follows from the arithmetic."""
         return None
+
+
+class AbstractAlike(AbstractScheme):
+    """Of parts that are both shaped like the state, and begin as it does."""
+
+    def start(self, y0: State) -> Codes:
+        code = self.arithmetic.encode(y0)
+        return code, code
+
+    def rebase(self, codes: Codes, y0: State) -> Codes:
+        """Moves both alike: as `BacksolveAdjoint` needs it, say, between two saved
+        times."""
+        shift = jtu.tree_map(lambda a, b: a - b, y0, self.readout(codes))
+        return tuple(self.arithmetic.add(code, shift) for code in codes)

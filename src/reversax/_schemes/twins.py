@@ -59,7 +59,7 @@ from .moves import (
     row,
 )
 from .scheme import (
-    AbstractScheme,
+    AbstractAlike,
     CotangentsOfDense,
     Dense,
     Lost,
@@ -103,7 +103,7 @@ class Mix(AbstractMove):
         return ct._replace(parts=context.each(pull, ct.parts, self.lost)), None
 
 
-class Twins(AbstractScheme):
+class Twins(AbstractAlike):
     """Two states, each advanced by increments that start from the other."""
 
     coupling: AbstractCoupling
@@ -115,19 +115,8 @@ class Twins(AbstractScheme):
 
     # The parts of a state.
 
-    def start(self, y0: State) -> Codes:
-        """Both twins at `y0`."""
-        code = self.arithmetic.encode(y0)
-        return code, code
-
     def read(self, values: Values) -> State:
         return self.coupling.readout(Pair(*values))
-
-    def rebase(self, codes: Codes, y0: State) -> Codes:
-        """Moves both twins alike: as `BacksolveAdjoint` needs it, say, between two
-        saved times."""
-        shift = jtu.tree_map(lambda a, b: a - b, y0, self.readout(codes))
-        return tuple(self.arithmetic.add(code, shift) for code in codes)
 
     def difference(self, a: Codes, b: Codes) -> Pair:
         return Pair(*super().difference(a, b))
