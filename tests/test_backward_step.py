@@ -162,6 +162,27 @@ def test_no_bound_on_constant_steps_is_needed_and_a_number_in_the_solver_is_lear
     assert relative_difference(ours, oracle) < 1e-10
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["EES25", "ALF"])
+def test_memory_does_not_grow_with_the_number_of_steps(name):
+    def taken(num):
+        loss = lambda y0: finite_sum_of_squares(
+            solve(
+                rvx.Reversible(SOLVERS[name]),
+                OURS,
+                y0,
+                ARGS,
+                1.0,
+                dt0=1 / num,
+                max_steps=num,
+            ).ys
+        )
+        compiled = jax.jit(jax.grad(loss)).lower(Y0).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert taken(64) == taken(65_536)
+
+
 # The check at the end.
 
 

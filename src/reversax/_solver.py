@@ -47,7 +47,8 @@ def _check_base(solver: Any) -> None:
         raise ValueError(
             "Use a Runge-Kutta solver such as `diffrax.Midpoint()` or "
             f"`diffrax.Tsit5()` in this place: `{name}` advances several states (or "
-            f"steps) already, so it has no increment of a single one. ({call})"
+            "steps) already, or undoes its own, and so has no place in another solver. "
+            f"({call})"
         )
 
 
