@@ -84,8 +84,7 @@ CELLS = [
     for saveat in SAVED
 ]
 DAILY = {
-    ("Heun", "fixed-point", "constant", "fn"),
-    ("Heun", "fixed-point", "adaptive", "ts"),
+    ("Heun", "fixed-point", "adaptive", "fn"),
 }
 
 

@@ -123,9 +123,8 @@ def test_dense_output_and_its_gradient(kwargs, saved):
     agree(run, PARAMETERS | dict(times=TIMES))
 
 
-@pytest.mark.parametrize(
-    "name", ["pid", pytest.param("constant", marks=pytest.mark.heavy)]
-)
+@pytest.mark.heavy  # Daily: a batch of solutions that is evaluated after the solve.
+@pytest.mark.parametrize("name", ["pid", "constant"])
 def test_lanes_that_are_evaluated_at_times_of_their_own(name):
     speeds = jnp.array([0.3, 2.0])
 

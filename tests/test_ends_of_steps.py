@@ -62,7 +62,13 @@ def direct():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("setting", SETTINGS.values(), ids=list(SETTINGS))
+@pytest.mark.parametrize(
+    "setting",
+    [
+        pytest.param(s, id=name, marks=[pytest.mark.heavy] * (name == "80-2-40"))
+        for name, s in SETTINGS.items()
+    ],
+)
 def test_each_saved_value_has_its_derivative_where_times_are_constants(
     direct, setting, dtype
 ):

@@ -199,6 +199,7 @@ def heat(size):
     return field, jnp.sin(jnp.arange(float(size)))
 
 
+@pytest.mark.heavy  # Daily: that such stages are written to memory, below.
 def test_stages_of_a_stencil_are_not_evaluated_anew_for_each_that_reads_them():
     """A step of Tsit5 takes no more operations than six of its first stage alone.
 

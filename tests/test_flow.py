@@ -27,7 +27,7 @@ from flow import (
     sample_probe,
     solve,
 )
-from helpers import SameScheme, in_cells, initial_states, quick, relative_difference
+from helpers import SameScheme, initial_states, quick, relative_difference
 
 import reversax as rvx
 
@@ -164,13 +164,9 @@ def test_gradient_of_the_likelihood_is_that_of_direct_differentiation(trace):
     assert relative_difference(gradient(OURS), gradient(DIRECT)) <= 1e-11
 
 
-@pytest.mark.parametrize(
-    ("dtype", "trace"),
-    in_cells(
-        list(itertools.product(["float32", "float64"], ["exact", "Hutchinson"])),
-        [("float32", "exact")],
-    ),
-)
+@pytest.mark.heavy  # Daily: the certificate of the gradient above allows no bit.
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@TRACES
 def test_not_one_bit_of_a_flow_is_lost(trace, dtype):
     y = initial_states(4, DIM, dtype)
     one = jnp.ones((), dtype)
@@ -202,7 +198,13 @@ class Counted(eqx.Module):
     [pytest.param(False, id="solve", marks=pytest.mark.heavy), True],
     ids=lambda x: "gradient" if x is True else None,
 )
-@pytest.mark.parametrize("trace", ["none", "exact", "Hutchinson"])
+@pytest.mark.parametrize(
+    "trace",
+    [
+        "exact",
+        *(pytest.param(x, marks=pytest.mark.heavy) for x in ("none", "Hutchinson")),
+    ],
+)
 def test_the_log_density_does_not_evaluate_the_network_again(trace, differentiate):
     """Two evaluations a step in each pass, with it and without."""
     flow, num_steps, evaluations = small_flow(), 10, []

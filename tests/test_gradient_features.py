@@ -166,6 +166,7 @@ def test_single_precision_to_its_own_round_off():
     assert error <= 1.5 * relative_difference(direct, exact)
 
 
+@pytest.mark.heavy  # Daily: the state handed over in `test_resuming.py`.
 @pytest.mark.parametrize(
     "saveat",
     [
@@ -173,7 +174,6 @@ def test_single_precision_to_its_own_round_off():
         pytest.param(
             dfx.SaveAt(subs=[None, dfx.SubSaveAt(t1=True)], solver_state=True),
             id="empty",
-            marks=pytest.mark.heavy,
         ),
     ],
 )
@@ -258,9 +258,8 @@ def test_fields_with_control_flow_and_rules_of_their_own():
     agree(loss, (Y0, jnp.array([0.5, 1.5])))
 
 
-@pytest.mark.parametrize(
-    "batching", ["batched", pytest.param("vmap", marks=pytest.mark.heavy)]
-)
+@pytest.mark.heavy  # Daily: the stencil of `test_devices.py`, in the same scheme.
+@pytest.mark.parametrize("batching", ["batched", "vmap"])
 def test_a_stencil_whose_stages_are_written_to_memory(batching):
     """In the default scheme, in which a single bit that differs raises."""
     solver = rvx.Reversible(dfx.Bosh3())

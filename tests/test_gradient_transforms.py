@@ -38,10 +38,9 @@ BACKWARDS = {
 }
 
 
-@pytest.mark.parametrize("controlled", BY_CONTROL)
-@pytest.mark.parametrize(
-    "saves", ["all", *(pytest.param(x, marks=pytest.mark.heavy) for x in BACKWARDS)]
-)
+@pytest.mark.heavy  # Daily backwards: `test_times.py`, with a controller and outputs.
+@pytest.mark.parametrize("controlled", CONTROLLED)
+@pytest.mark.parametrize("saves", ["all", *BACKWARDS])
 def test_backwards_in_time(saves, controlled):
     saveat = dfx.SaveAt(subs=BACKWARDS if saves == "all" else BACKWARDS[saves])
     kwargs = dict(t0=1.0, t1=0.0, dt0=-0.02) | CONTROLLED[controlled]

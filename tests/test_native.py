@@ -92,7 +92,6 @@ DAILY = {
     ("SemiImplicitEuler", "fixed-point", "ts"),
     ("LeapfrogMidpoint", "fixed-point", "ts"),
     ("ReversibleHeun", "fixed-point", "ts"),
-    ("Verlet", "fixed-point", "ts"),
     ("Yoshida4", "floating-point", "steps"),
 }
 

@@ -39,11 +39,11 @@ def gradient(adjoint, scheme, controller, saveat, dtype, event=None):
 
 
 STRICT = [
-    ("fixed-point", "constant", jnp.float64, "steps"),
     ("fixed-point", "adaptive", jnp.float32, "ts"),
     *(
         pytest.param(*cell, marks=pytest.mark.heavy)
         for cell in (
+            ("fixed-point", "constant", jnp.float64, "steps"),
             ("floating-point", "adaptive", jnp.float64, "ts"),
             ("published", "constant", jnp.float32, "ts"),
         )

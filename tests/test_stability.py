@@ -68,7 +68,11 @@ def limit(solver, xs, axis):
 
 
 @pytest.mark.parametrize(
-    "arithmetic", [rvx.FixedPoint(), rvx.FloatingPoint()], ids=["fixed", "floating"]
+    "arithmetic",
+    [
+        pytest.param(rvx.FixedPoint(), id="fixed"),
+        pytest.param(rvx.FloatingPoint(), id="floating", marks=HEAVY),
+    ],
 )
 @pytest.mark.parametrize("halvings", [1, 1 / 4])
 @each_base
@@ -123,7 +127,7 @@ def test_imaginary_axis_limit_is_that_of_theory(name):
 
 
 @pytest.mark.parametrize("lam", [pytest.param(0.99, marks=pytest.mark.heavy), 0.9])
-@pytest.mark.parametrize("name", ["Heun", "Tsit5"])
+@pytest.mark.parametrize("name", ["Heun", pytest.param("Tsit5", marks=HEAVY)])
 def test_real_axis_limit_of_the_published_coupling_is_minus_ln_lam(name, lam):
     theory = -math.log(lam)
     xs = jnp.linspace(0.8, 1.5, 141) * theory

@@ -170,9 +170,8 @@ def test_gradient_in_all_times_is_that_of_direct_differentiation(
         assert stats["num_rejected_steps"] > 0
 
 
-@pytest.mark.parametrize(
-    "name", ["t1", *(pytest.param(x, marks=pytest.mark.heavy) for x in ("t0", "dt0"))]
-)
+@pytest.mark.heavy  # Daily: the times of a controller alone, below.
+@pytest.mark.parametrize("name", ["t1", "t0", "dt0"])
 def test_one_time_alone_may_be_differentiated(name):
     rest = PARAMETERS | TIMES
     run = lambda adjoint, p: outputs(adjoint, rest | p)

@@ -105,7 +105,7 @@ def message_of(*args, **kwargs):
     return text
 
 
-@pytest.mark.parametrize("rate", [4.0, 10.0, 20.0])
+@pytest.mark.parametrize("rate", [4.0, pytest.param(10.0, marks=HEAVY), 20.0])
 @pytest.mark.parametrize("scheme", IN_FIXED_POINT)
 def test_the_halvings_that_a_failed_solve_names_are_enough_and_no_more(rate, scheme):
     """In theory `rate*h/ln(2)`: 0.58, 1.4 and 2.9."""
@@ -159,7 +159,7 @@ def test_a_field_that_returns_no_number_is_said_to_from_its_time_on(scheme, back
     assert abs(time - 7.3) <= 0.5
 
 
-@pytest.mark.parametrize("bad", [jnp.inf, jnp.nan])
+@pytest.mark.parametrize("bad", [jnp.inf, pytest.param(jnp.nan, marks=HEAVY)])
 def test_a_field_that_returns_no_number_stops_a_controller_with_the_same_words(bad):
     field = lambda t, y, args: jnp.where(t > 7.3, bad, -0.1 * y)
     kwargs = dict(stepsize_controller=PID, dt0=None, max_steps=128, field=field)
