@@ -24,7 +24,7 @@ import reversax as rvx
 
 HEAVY = pytest.mark.heavy
 OURS = rvx.ReversibleAdjoint()
-DIRECT = SameScheme(dfx.RecursiveCheckpointAdjoint())
+DIRECT = SameScheme(dfx.DirectAdjoint())
 HIDDEN, CHANNELS, OBSERVATIONS = 3, 2, 7
 TS = nonuniform(0.0, 1.0, OBSERVATIONS)
 PARTS = ("network", "y0", "observations")

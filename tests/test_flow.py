@@ -32,7 +32,7 @@ from helpers import SameScheme, initial_states, quick, relative_difference
 import reversax as rvx
 
 OURS = rvx.ReversibleAdjoint()
-DIRECT = SameScheme(dfx.RecursiveCheckpointAdjoint())
+DIRECT = SameScheme(dfx.DirectAdjoint())
 DIM = 3
 TRACES = pytest.mark.parametrize("trace", ["exact", "Hutchinson"])
 

@@ -41,7 +41,7 @@ def test_parameters_that_the_field_and_the_saved_function_close_over():
         return jnp.sum(solve(adjoint, y0, None, field, saveat=saveat).ys ** 2)
 
     direct = agree(loss, (ARGS, Y0))
-    inside = jax.grad(jax.jit(lambda p: loss(OURS, p)))((ARGS, Y0))
+    inside = jax.grad(jax.jit(lambda p: loss(OURS, p), **quick()))((ARGS, Y0))
     assert relative_difference(inside, direct) <= 1e-13
 
 
@@ -123,7 +123,7 @@ def test_half_precision_parameters_inside_the_field(dtype):
         loss = lambda args: jnp.sum(
             solve(adjoint, Y0.astype(jnp.float32), args, field, **kwargs).ys ** 2
         )
-        return jax.grad(loss)(args)
+        return jax.jit(jax.grad(loss), **quick(adjoint))(args)
 
     ours = gradient(args, OURS)
     assert all(x.dtype == dtype for x in ours)
@@ -324,7 +324,8 @@ def test_gradient_agrees_with_finite_differences():
     y0 = np.asarray(Y0)
     direction = np.asarray(initial_states()[::-1])
     loss = lambda y0: jnp.sum(jnp.sin(solve(OURS, jnp.asarray(y0)).ys))
-    along = jnp.sum(jax.grad(loss)(Y0) * direction)
+    along = jnp.sum(jax.jit(jax.grad(loss), **quick())(Y0) * direction)
+    loss = jax.jit(loss, **quick())
     h = 1e-5  # central differences: error h**2 ~ 1e-10 and round-off 1e-16/h ~ 1e-11
     difference = (loss(y0 + h * direction) - loss(y0 - h * direction)) / (2 * h)
     assert abs(along - difference) <= 1e-8 * abs(along)

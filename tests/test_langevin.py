@@ -13,7 +13,7 @@ import reversax as rvx
 SPACE, SPACE_TIME = dfx.SpaceTimeLevyArea, dfx.SpaceTimeTimeLevyArea
 COUPLINGS = {"symmetric": rvx.Symmetric(), "published": rvx.McCallumFoster(0.999)}
 OURS = rvx.ReversibleAdjoint()
-DIRECT = SameScheme(dfx.RecursiveCheckpointAdjoint())
+DIRECT = SameScheme(dfx.DirectAdjoint())
 LANGEVIN = {
     "ALIGN": (dfx.ALIGN(), SPACE),
     "ShOULD": (dfx.ShOULD(), SPACE_TIME),

@@ -58,7 +58,7 @@ COUPLINGS = {"symmetric": rvx.Symmetric(), "published": rvx.McCallumFoster(0.999
 Y0 = jnp.array([0.3, 0.5, -0.2])
 ARGS = {"a": jnp.array([1.0, 0.8, 1.2]), "b": jnp.array([0.4, 0.5, 0.3])}
 OURS = rvx.ReversibleAdjoint()
-DIRECT = SameScheme(dfx.RecursiveCheckpointAdjoint())
+DIRECT = SameScheme(dfx.DirectAdjoint())
 
 
 def equation(noise, levy, key, tol=1e-3, dtype="float64"):
