@@ -140,7 +140,7 @@ def test_a_second_call_with_the_same_shapes_compiles_nothing(controller, called)
         return jnp.sum(
             dfx.diffeqsolve(
                 dfx.ODETerm(network_field),
-                rvx.Reversible(dfx.Bosh3()),
+                rvx.Reversible(dfx.Heun()),
                 0.0,
                 1.0,
                 0.1,

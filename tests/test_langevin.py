@@ -14,6 +14,7 @@ SPACE, SPACE_TIME = dfx.SpaceTimeLevyArea, dfx.SpaceTimeTimeLevyArea
 COUPLINGS = {"symmetric": rvx.Symmetric(), "published": rvx.McCallumFoster(0.999)}
 OURS = rvx.ReversibleAdjoint()
 DIRECT = SameScheme(dfx.DirectAdjoint())
+CHECKPOINTED = SameScheme(dfx.RecursiveCheckpointAdjoint())
 LANGEVIN = {
     "ALIGN": (dfx.ALIGN(), SPACE),
     "ShOULD": (dfx.ShOULD(), SPACE_TIME),
@@ -44,7 +45,7 @@ def langevin(base, coupling, key, y0, gamma, num_steps=64, tol=1e-3, adjoint=OUR
         1.0,
         1 / num_steps,
         y0,
-        max_steps=None if coupling is None else 4096,
+        max_steps=None if coupling is None else num_steps,
         adjoint=adjoint,
     ).ys
 
@@ -81,7 +82,7 @@ def test_strong_order_is_that_of_the_base(base, coupling):
     @ft.partial(jax.jit, static_argnums=(0, 1), **quick())
     def ends(coupling, num_steps):
         run = lambda key: langevin(
-            base, coupling, key, Y0, GAMMA, num_steps, 2.0**-12, DIRECT
+            base, coupling, key, Y0, GAMMA, num_steps, 2.0**-12, CHECKPOINTED
         )
         return jnp.concatenate(jax.vmap(run)(keys), axis=-1)
 

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import quick
 from programs import ARGS, CONTROLLED, DIRECT, Y0, agree, solve
 
 import reversax as rvx
@@ -22,6 +23,11 @@ def loss(adjoint, args, **kwargs):
     return jnp.sum(solve(adjoint, args=args, **(HOPELESS | kwargs)).ys ** 2)
 
 
+def differentiated(loss, args=ARGS):
+    """In floating point a program may be compiled quickly."""
+    return eqx.filter_jit(jax.grad(loss), **quick(None, rvx.FloatingPoint()))(args)
+
+
 # (A number of steps is daily in the test below, in constant steps of a batch.)
 DAILY = [("auto", "pid", "vmap")]
 
@@ -29,10 +35,10 @@ DAILY = [("auto", "pid", "vmap")]
 def test_restarts_make_exact_what_would_be_lost():
     """500 steps of the symmetric coupling magnify round-off by 2**125."""
     never = rvx.ReversibleAdjoint(restart_every=None)
+    of = lambda adjoint: differentiated(lambda a: loss(adjoint, a))
     with pytest.raises(eqx.EquinoxRuntimeError, match="did not find the initial state"):
-        eqx.filter_jit(jax.grad(lambda a: loss(never, a)))(ARGS)
+        of(never)
     often = rvx.ReversibleAdjoint(restart_every=8)
-    of = lambda adjoint: jax.grad(lambda a: loss(adjoint, a))(ARGS)
     ours, direct = of(often), of(DIRECT)
     for a, b in zip(ours, direct, strict=True):
         # 2**(8/4) ulps, of increments and cotangents.
@@ -85,7 +91,7 @@ def test_the_number_chosen_keeps_the_tolerance_and_is_no_waste(coupling, dtype):
         run = lambda args: solve(
             adjoint, cast(Y0), args, solver=solver, max_steps=512, **times
         )
-        return eqx.filter_jit(jax.grad(lambda args: jnp.sum(run(args).ys)))(cast(ARGS))
+        return differentiated(lambda args: jnp.sum(run(args).ys), cast(ARGS))
 
     gradient("auto")
     amplification, eps = coupling.amplification, float(jnp.finfo(dtype).eps)
@@ -114,11 +120,11 @@ def test_the_way_back_restarts_by_halvings_where_these_follow_from_the_solve(
         ys = run(Y0) if batching == "batched" else jax.vmap(run)(Y0)
         return jnp.sum(ys**2)
 
-    agree(total, ARGS, bound=1e-7)
+    agree(total, ARGS, 1e-7, BY_BITS.arithmetic)
     never = rvx.ReversibleAdjoint(restart_every=None)
     if controlled == "constant":
         with pytest.raises(eqx.EquinoxRuntimeError, match="did not find the initial"):
-            eqx.filter_jit(jax.grad(lambda a: total(never, a)))(ARGS)
+            differentiated(lambda a: total(never, a))
 
 
 def test_the_check_at_a_restart_is_that_at_t0(monkeypatch):
@@ -133,7 +139,7 @@ def test_the_check_at_a_restart_is_that_at_t0(monkeypatch):
     monkeypatch.setattr(tape.Tape, "kept", spoilt)
     adjoint = rvx.ReversibleAdjoint(restart_every=16)
     with pytest.raises(eqx.EquinoxRuntimeError, match="kept to restart from"):
-        eqx.filter_jit(jax.grad(lambda a: loss(adjoint, a)))(ARGS)
+        differentiated(lambda a: loss(adjoint, a))
     jax.clear_caches()
 
 

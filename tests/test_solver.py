@@ -71,8 +71,10 @@ def test_direct_adjoint_gives_the_same_gradient(name):
 
 @pytest.mark.parametrize("adjoint", [dfx.ForwardMode(), dfx.DirectAdjoint()], ids=repr)
 def test_forward_mode_adjoints_agree_with_our_gradient(adjoint):
-    _, along = jax.jvp(lambda p: loss(p, adjoint), (POINT,), (POINT,))
-    gradient = jax.grad(loss)(POINT, rvx.ReversibleAdjoint())
+    solver = rvx.Reversible(dfx.Heun())
+    of = lambda p: jax.jvp(lambda p: loss(p, adjoint, solver), (p,), (p,))[1]
+    along = jax.jit(of, **quick(adjoint, solver.arithmetic))(POINT)
+    gradient = jax.grad(loss)(POINT, rvx.ReversibleAdjoint(), solver)
     dots = jax.tree.map(lambda g, x: jnp.sum(g * x), gradient, POINT)
     assert abs(sum(jax.tree.leaves(dots)) - along) < 1e-12 * abs(along)
 
@@ -179,7 +181,8 @@ def test_a_solve_in_two_pieces_is_the_whole_solve(adjoint):
             max_steps=8,
         ).ys
 
-    of = lambda f: jax.jit(jax.value_and_grad(lambda p: jnp.sum(jnp.sin(f(p)))))(POINT)
+    loss = lambda f: jax.value_and_grad(lambda p: jnp.sum(jnp.sin(f(p))))
+    of = lambda f: jax.jit(loss(f), **quick())(POINT)
     (value, gradient), (expected, expected_gradient) = of(pieces), of(whole)
     assert abs(value - expected) < 1e-14 * abs(expected)
     assert relative_difference(gradient, expected_gradient) < 1e-13
