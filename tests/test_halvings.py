@@ -128,10 +128,10 @@ def test_constant_steps_are_undone_to_the_bit_however_many_share_the_bits(nums, 
         assert jnp.isfinite(found[0]).all()
 
 
-@pytest.mark.parametrize(
-    "halvings",
-    [3, *(pytest.param(b, marks=pytest.mark.heavy) for b in (1, 5, 30, 1 / 4, 1 / 3))],
-)
+# Daily: how many are made, above; that so many are undone, in `test_pair.py`; and that
+# both passes make the same ones, below.
+@pytest.mark.heavy
+@pytest.mark.parametrize("halvings", [3, 1, 5, 30, 1 / 4, 1 / 3])
 def test_any_number_of_halvings_is_undone_to_the_bit(halvings):
     coupling = rvx.Symmetric(halvings)
     found = gradient(rvx.ReversibleAdjoint(), 50, coupling)

@@ -65,7 +65,10 @@ def worst_ulps(a, b, scale):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("coupling_parameter", [1.0, 0.999, 0.9, 0.5])
+@pytest.mark.parametrize(
+    "coupling_parameter",
+    [0.999, 0.5, *(pytest.param(x, marks=pytest.mark.heavy) for x in (1.0, 0.9))],
+)
 @pytest.mark.parametrize("name", SOME_BASES)
 def test_one_step_round_trip_is_within_ulps(name, coupling_parameter, dtype):
     # Six roundings of half an ulp each, amplified by 1/coupling_parameter <= 2; the
@@ -116,7 +119,11 @@ def test_the_step_is_the_published_one():
     assert abs(float(z - z1)) < 1e-15
 
 
-@pytest.mark.parametrize("halvings", [0, 1, 4, 30], ids="{}-halvings".format)
+@pytest.mark.parametrize(
+    "halvings",
+    [4, 30, *(pytest.param(x, marks=pytest.mark.heavy) for x in (0, 1))],
+    ids="{}-halvings".format,
+)
 @pytest.mark.parametrize(
     "known",
     [pytest.param(True, marks=pytest.mark.heavy), False],
