@@ -7,7 +7,7 @@ import diffrax as dfx
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import in_cells, relative_difference
+from helpers import in_cells, quick, relative_difference
 
 import reversax as rvx
 
@@ -41,7 +41,8 @@ def gradient(solver, adjoint, saveat):
         leaves = jax.tree.leaves(solution.ys)
         return sum(jnp.sum(jnp.where(jnp.isfinite(x), x, 0) ** 2) for x in leaves)
 
-    return jax.jit(jax.grad(loss, argnums=(0, 1)))(Y0, jnp.array(1.3))
+    options = quick(adjoint, rvx.FixedPoint())
+    return jax.jit(jax.grad(loss, argnums=(0, 1)), **options)(Y0, jnp.array(1.3))
 
 
 CELLS = [(a, s) for a in ADJOINTS for s in SAVED]

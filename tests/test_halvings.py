@@ -9,7 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import SameScheme, network_arguments, network_field, relative_difference
+from helpers import (
+    SameScheme,
+    network_arguments,
+    network_field,
+    quick,
+    relative_difference,
+)
 from hypothesis import given, settings, strategies as st
 
 import reversax as rvx
@@ -84,7 +90,6 @@ def test_a_number_given_is_made_in_phase_with_the_steps_before(halvings):
     assert sum(expected) <= schedule.most(20)
 
 
-@eqx.filter_jit
 def _gradient(adjoint, args, length, coupling, kwargs):
     dtype = args[0].dtype
     # Of which the increments fill the bits to the last.
@@ -102,12 +107,19 @@ def _gradient(adjoint, args, length, coupling, kwargs):
     return jax.grad(of)(args)
 
 
+_gradient_by = {
+    to_the_bit: eqx.filter_jit(_gradient, **quick(adjoint, rvx.FixedPoint()))
+    for to_the_bit, adjoint in ((True, rvx.ReversibleAdjoint()), (False, None))
+}
+
+
 def gradient(adjoint, num, coupling=rvx.Symmetric(), dtype=jnp.float64, **kwargs):  # noqa: B008
     """Of a solve of so many steps; compiled once for all of the same `max_steps`."""
     args = jax.tree.map(lambda x: x.astype(dtype), ARGS)
     length = None if num is None else jnp.asarray(2 / num, dtype)
     # One more than needed: round-off of the length may make it one.
-    return _gradient(adjoint, args, length, coupling, dict(max_steps=128) | kwargs)
+    of = _gradient_by[isinstance(adjoint, rvx.ReversibleAdjoint)]
+    return of(adjoint, args, length, coupling, dict(max_steps=128) | kwargs)
 
 
 @pytest.mark.parametrize(

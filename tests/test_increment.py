@@ -55,8 +55,15 @@ def same_to_ulps(a, b, scale, ulps=8):
     return bool(jnp.all(jnp.abs(a - b) <= bound))
 
 
+# A tableau of two stages and of more, and either kind without a tableau.
+DAILY = ("Heun", "Tsit5", "HalfSolver-Heun", "own-midpoint")
+
+
 @pytest.mark.parametrize("times", [(0.3, 0.37), (0.37, 0.3)], ids=["forth", "back"])
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize(
+    "name",
+    [x if x in DAILY else pytest.param(x, marks=pytest.mark.heavy) for x in BASES],
+)
 def test_increment_is_what_the_solver_adds(name, times):
     # A sum of up to 13 stages in another order: 8 ulps of the state's size.
     solver, term = BASES[name], dfx.ODETerm(network_field)

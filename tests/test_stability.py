@@ -89,7 +89,10 @@ def test_real_axis_limit_of_the_symmetric_coupling_is_minus_ln_lam(
     assert abs(found / theory - 1) <= tolerance, found
 
 
-@each_base
+@pytest.mark.parametrize(
+    "name",
+    ["Euler", *(pytest.param(x, marks=HEAVY) for x in BASES if x != "Euler")],
+)
 def test_four_halvings_reach_three_fifths_of_the_base_own_limit_on_the_real_axis(name):
     """Or 2.8, if theory has no more. (Measured: Euler 0.60, Bosh3 0.66, Tsit5 0.79 of
     the base's; with a quarter of a halving it is a tenth or less.)"""
