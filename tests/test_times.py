@@ -190,14 +190,15 @@ def test_the_times_of_a_controller_alone_may_be_differentiated(stepping):
     assert jnp.all(jnp.abs(direct["marks"]) > 1e-3)
 
 
+@pytest.mark.heavy  # Daily: lanes with events, in `test_precision.py`.
 @pytest.mark.parametrize(
     ("stepping", "saving"),
     [
         ("constant", "t1"),
-        pytest.param("constant", "ends-and-ts", marks=pytest.mark.heavy),
-        pytest.param("pid", "steps", marks=pytest.mark.heavy),
-        pytest.param("jump-ts", "dense", marks=pytest.mark.heavy),
-        pytest.param("constant", "dense", marks=pytest.mark.heavy),
+        ("constant", "ends-and-ts"),
+        ("pid", "steps"),
+        ("jump-ts", "dense"),
+        ("constant", "dense"),
     ],
 )
 def test_lanes_with_ends_of_their_own_that_begin_together(stepping, saving):
