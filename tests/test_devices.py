@@ -120,9 +120,9 @@ def free_port():
         return listener.getsockname()[1]
 
 
-@pytest.mark.parametrize(
-    "way", ["shard_map", pytest.param("jit", marks=pytest.mark.heavy)]
-)
+# (Eight devices of one process are tested daily.)
+@pytest.mark.heavy
+@pytest.mark.parametrize("way", ["shard_map", "jit"])
 def test_two_processes_train_as_one_device_does(way):
     port = free_port()
     started = [start("on_two_processes.py", 2, port, i, way) for i in range(2)]
