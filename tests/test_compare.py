@@ -289,7 +289,10 @@ def test_an_implicit_base_is_compared_beside_reversible_tsit5():
     names = [x.name for x in default_candidates(dfx.Kvaerno5())]
     assert "Kvaerno5, checkpointed" in names
     assert "Reversible(Tsit5)" in names
-    assert len(set(names)) == len(names) == 9
+    assert "Reversible(SymmetricMultistep)" in names
+    assert len(set(names)) == len(names) == 10
+    names = [x.name for x in default_candidates(dfx.Tsit5(), ordinary=False)]
+    assert "Reversible(SymmetricMultistep)" not in names
 
 
 @pytest.mark.parametrize(

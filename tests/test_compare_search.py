@@ -176,7 +176,7 @@ def test_halvings_are_offered_beside_each_candidate_that_lacked_them(monkeypatch
 @pytest.mark.heavy
 def test_damping_that_takes_more_halvings_is_solved_with_them(monkeypatch):
     monkeypatch.setattr(
-        "reversax.compare._measure.default_candidates", lambda *_: [REVERSIBLE]
+        "reversax.compare._measure.default_candidates", lambda *_, **__: [REVERSIBLE]
     )
     rate = 300.0  # Too much for 177, in one unit of time.
     problem = linear(

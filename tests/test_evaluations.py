@@ -18,7 +18,7 @@ ARGS, Y0 = network_arguments(), jnp.array([[0.3, -0.2, 0.5]])
 NUM_STEPS = 20
 
 
-def count_evaluations(base, adjoint, **kwargs):
+def count_evaluations(base, adjoint, num_steps=NUM_STEPS, **kwargs):
     """Evaluations of the field at run time, each of which calls back once: in the
     forward pass and in the backward pass; and the accepted and the rejected steps."""
     evaluations = []
@@ -33,7 +33,7 @@ def count_evaluations(base, adjoint, **kwargs):
             rvx.Reversible(base),
             0.0,
             1.0,
-            1 / NUM_STEPS,
+            1 / num_steps,
             Y0,
             args,
             adjoint=adjoint,
@@ -83,6 +83,22 @@ def test_a_solver_that_undoes_itself_takes_one_evaluation_a_step(
 ):
     counted = count_evaluations(base, rvx.ReversibleAdjoint())
     assert counted[:3] == (forward, backward, NUM_STEPS)
+
+
+def test_a_multistep_method_takes_one_evaluation_a_step_and_two_going_back():
+    """But for those by which its window is begun."""
+    base, adjoint = (
+        rvx.SymmetricMultistep(4, starter=dfx.Euler()),
+        rvx.ReversibleAdjoint(),
+    )
+    few, many = [
+        count_evaluations(base, adjoint, num_steps=n)
+        for n in (NUM_STEPS, 2 * NUM_STEPS)
+    ]
+    assert many[0] - few[0] == NUM_STEPS
+    assert many[1] - few[1] == 2 * NUM_STEPS
+    # Three steps of Euler and four derivatives, of which each is pulled back.
+    assert few[1] == 7 + 2 * (NUM_STEPS - 3)
 
 
 def test_a_solve_that_is_not_differentiated_takes_as_many():

@@ -187,12 +187,12 @@ def test_a_halving_too_few_undone_is_noticed(monkeypatch):
 
 @pytest.mark.parametrize("by", [pytest.param(1, marks=pytest.mark.heavy), 3])
 def test_bits_counted_from_the_wrong_step_are_noticed(monkeypatch, by):
-    read = tape.Tape.shed_bits
+    read = tape.Tape.shed
 
     def wrong(self, lost):
         return read(self, lost._replace(before=jnp.maximum(lost.before, by) - by))
 
-    monkeypatch.setattr(tape.Tape, "shed_bits", wrong)
+    monkeypatch.setattr(tape.Tape, "shed", wrong)
     jax.clear_caches()
     with pytest.raises(eqx.EquinoxRuntimeError, match="did not find the initial state"):
         gradient(rvx.ReversibleAdjoint(), 30, **DAMPED)

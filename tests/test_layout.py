@@ -17,8 +17,9 @@ ROOMS = {
     "_numbers": "__init__ schedule arithmetic fixed_point",
     "_schemes": "__init__ control coupling problem increment fields moves scheme "
     "undoing interpolation error_estimate twins vector_fields "
-    "native retraced own symplectic watch base",
-    "": "_solver _symplectic schemes",
+    "native retraced multistep_weights multistep_window multistep_moves "
+    "multistep_start multistep_dense multistep own symplectic watch base",
+    "": "_solver _symplectic _multistep schemes",
     "_walk": "__init__ clock times stepping timeline tape observe event setup "
     "faults forward certificate cotangents lane backward rule",
     "top": "_adjoint _round_trip __init__",

@@ -35,7 +35,7 @@ class Shed:
     """What a lane is asked for: the bits that a step lost."""
 
     def __init__(self, bits):
-        self.shed_bits = lambda lost: bits
+        self.shed = lambda lost: bits
 
 
 def there_and_back(scheme, base, pair, dtype, halvings=1, h=ONE_STEP):
@@ -45,7 +45,7 @@ def there_and_back(scheme, base, pair, dtype, halvings=1, h=ONE_STEP):
     start = tuple(scheme.arithmetic.encode(pair))
     diff, nondiff = eqx.partition(increment, False)
     fields = Fields(diff, nondiff, None, None, False, False, False, False)
-    lane = Shed(scheme.shed_bits(start, halvings))
+    lane = Shed(scheme.shed(start, start, halvings))
     context = moves.Context(
         scheme.arithmetic, fields, each=lambda fn, *args: fn(lane, *args)
     )

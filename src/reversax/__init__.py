@@ -1,6 +1,7 @@
 """Exact gradients of differential equation solvers in constant memory."""
 
 from ._adjoint import ReversibleAdjoint as ReversibleAdjoint
+from ._multistep import SymmetricMultistep as SymmetricMultistep
 from ._numbers.arithmetic import FloatingPoint as FloatingPoint
 from ._numbers.fixed_point import FixedPoint as FixedPoint
 from ._round_trip import (

@@ -1,5 +1,6 @@
 """`Reversible`: the reversible step dressed as an ordinary Diffrax solver."""
 
+import dataclasses
 from typing import Any
 
 import diffrax as dfx
@@ -18,7 +19,7 @@ from ._schemes.interpolation import TwinInterpolationFactory
 from ._schemes.moves import Codes
 from ._schemes.own import own_scheme, undoes_itself, undoes_itself_inexactly
 from ._schemes.problem import Problem, check_problem, innermost, layers_of
-from ._schemes.scheme import AbstractScheme, Span
+from ._schemes.scheme import AbstractScheme, Grid, Lost, Span
 from ._schemes.twins import Twins
 from ._schemes.watch import APART, Seen, Watch, begin, look
 from ._xla.compat import DIVERGED, NONFINITE
@@ -66,6 +67,8 @@ class ReversibleState(eqx.Module):
     """What was seen on the way, and when."""
     before: Any = None
     """Where the last step began, for a scheme that looks back; else `None`."""
+    grid: Grid | None = None
+    """The times of all steps, for a scheme that takes equal ones; else `None`."""
 
 
 class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
@@ -77,9 +80,9 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
     Do not use it for stiff problems: implicit bases cannot be reversed, and see the
     coupling for damped ones.
 
-    Nor for multi-step methods: every step of the base is begun afresh, so one that
-    remembers earlier steps is refused. And a step of no length must return its state:
-    one that resets, clips or projects the state is refused when a solve meets that.
+    Nor for multi-step methods of your own: every step of the base is begun afresh, so
+    one that remembers earlier steps is refused. And a step of no length must return its
+    state: one that resets, clips or projects it is refused when a solve meets that.
 
     The order is that of the base, and one more for a base of odd order under
     [`reversax.Symmetric`][]. The interpolation is that of the base. So is the error
@@ -194,7 +197,7 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
         problem = terms, t0, y0, args
         check_problem(self.solver, self.coupling, problem)
         check_memory(self.solver, self.memoryless, problem)
-        return first_state(self.scheme, problem, t1)
+        return _begun(self, problem, t1)
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         scheme, increment = self.scheme.bare(), self.fields(terms, args)
@@ -203,12 +206,11 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
             solver_state.num_steps,
         )
         scheme.check_jump(codes0, made_jump)
-        # What the number of halvings may follow from is known to the adjoint only.
-        bits = scheme.schedule(0, PerStep(MOST, 1, 0)).of_step(num_steps, t0, t1)
+        lost = _lost(scheme, num_steps, (t0, t1))
         options = dict(error=True, dense=True)
-        span = Span(t0, t1, solver_state.before)
-        step = scheme.step(increment, span, codes0, bits, **options)
-        seen = Seen(scheme, codes0, step.codes, bits, t1)
+        span = Span(t0, t1, solver_state.before, solver_state.grid)
+        step = scheme.step(increment, span, codes0, lost, **options)
+        seen = Seen(scheme, codes0, step.codes, lost, t1)
         watch = look(solver_state.watch, seen)
         at = t1, scheme.reached(step.codes)
         known = increment, num_steps, watch.is_sound
@@ -216,7 +218,8 @@ class Reversible(dfx.AbstractAdaptiveSolver, dfx.AbstractWrappedSolver):
         # (Diffrax drops the result of a step that is rejected.)
         result = dfx.RESULTS.where(watch.is_sound, step.result, result_of(watch))
         before = t0 if scheme.looks_back else None
-        state = ReversibleState(codes, num_steps + 1, watch, before)
+        codes = _checked_length(codes, solver_state, (t0, t1))
+        state = ReversibleState(codes, num_steps + 1, watch, before, solver_state.grid)
         return scheme.readout(codes), step.error, step.dense_info, state, result
 
 
@@ -227,7 +230,8 @@ Reversible.__init__.__doc__ = """**Arguments:**
     stages; any other goes through its own `step`, begun afresh at each step.
     `diffrax.SemiImplicitEuler`, `diffrax.LeapfrogMidpoint`, `diffrax.ReversibleHeun`,
     [`reversax.Verlet`][] and its kin undo themselves: they are stepped as they are,
-    without twins, and no bit is kept. So is a solver of your own with a method
+    without twins, and no bit is kept; [`reversax.SymmetricMultistep`][] keeps its
+    corrections. So is a solver of your own with a method
     `backward_step(terms, t0, t1, y1, args, ts_state, solver_state, made_jump)` that
     returns `y0`, `dense_info`, `solver_state` and `result` at `t0`, as in Diffrax's
     pull request 727: `ts_state` is a tuple of one time, when the step before began.
@@ -287,6 +291,48 @@ def first_state(scheme: AbstractScheme, problem: Problem, t1: Time) -> Reversibl
     codes, zero = scheme.first(problem, t1), jnp.zeros((), jnp.int32)
     before = t0 if scheme.looks_back else None
     return ReversibleState(codes, zero, begin(y0, t0), before)
+
+
+def _lost(scheme: AbstractScheme, index: Index, interval: tuple[Time, Time]) -> Lost:
+    # What the number of halvings may follow from is known to the adjoint only.
+    schedule = scheme.schedule(0, PerStep(MOST, 1, 0))
+    return Lost(schedule.of_step(index, *interval), 0, index)
+
+
+def _begun(solver: Reversible, problem: Problem, t1: Time) -> ReversibleState:
+    """The state before the first step, which is to end at `t1`, of a solve that Diffrax
+    drives."""
+    (terms, t0, _, args), scheme = problem, solver.scheme
+    state = first_state(scheme, problem, t1)
+    if not scheme.equal_steps:
+        return state
+    # Where the last of them ends is not known here.
+    grid = Grid(t0, t1 - t0, jnp.inf)
+    known = solver.fields(terms, args), Span(t0, t1, grid=grid), state.codes
+    return dataclasses.replace(state, codes=scheme.begin(*known), grid=grid)
+
+
+def _checked_length(
+    codes: Codes, state: ReversibleState, interval: tuple[Time, Time]
+) -> Codes:
+    """The parts, which raise if steps should be of equal length and are not."""
+    (t0, t1), grid = interval, state.grid
+    if grid is None:
+        return codes
+    end = grid.begin + (state.num_steps + 1) * grid.length
+    most = jnp.maximum(jnp.abs(jnp.asarray(grid.begin)), jnp.abs(jnp.asarray(t1)))
+    allowed = 1e-3 * grid.length + 64 * jnp.finfo(most.dtype).eps * most
+    # (Lanes of a batch that have arrived take steps of no length.)
+    wrong = (t1 > t0) & (jnp.abs(t1 - end) > allowed)
+    return eqx.error_if(codes, wrong, _NOT_EQUAL)
+
+
+_NOT_EQUAL = (
+    "Use `stepsize_controller=diffrax.ConstantStepSize()` and a `dt0` that divides "
+    "`t1 - t0`, or `adjoint=reversax.ReversibleAdjoint()`, which divides that into "
+    "steps as long as each other: a multistep method reads states at equal distances. "
+    "(`reversax.SymmetricMultistep(...)`)"
+)
 
 
 def result_of(watch: Watch) -> dfx.RESULTS:

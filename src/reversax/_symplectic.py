@@ -9,7 +9,7 @@ import numpy as np
 
 from ._numbers.arithmetic import AbstractArithmetic, FloatingPoint
 from ._schemes.native import AbstractNative
-from ._schemes.scheme import Span
+from ._schemes.scheme import Lost, Span
 from ._schemes.symplectic import HermiteInterpolation, Separable
 
 
@@ -31,7 +31,8 @@ class AbstractNativeSolver(dfx.AbstractSolver):
         del solver_state, made_jump
         scheme = self.reversible_scheme(FloatingPoint())
         fields, span, codes = scheme.fields(terms, args), Span(t0, t1), scheme.start(y0)
-        step = scheme.step(fields, span, codes, 0, error=False, dense=True)
+        lost = Lost(0, 0)
+        step = scheme.step(fields, span, codes, lost, error=False, dense=True)
         return scheme.readout(step.codes), None, step.dense_info, None, step.result
 
 

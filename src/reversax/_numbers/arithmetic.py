@@ -76,7 +76,7 @@ class AbstractArithmetic(eqx.Module):
 
     @abc.abstractmethod
     def difference(self, a: Code, b: Code) -> State:
-        """`a - b`, zero only if they are the same number."""
+        """`a - b`, zero only if they are the same number; differentiable."""
 
     @abc.abstractmethod
     def cotangent(self, code: Code, ct: State) -> Code:

@@ -52,13 +52,13 @@ def _is_number(x: Any) -> bool:
     return isinstance(x, Number)
 
 
-def _parts(x: Array) -> Float[Array, "..."]:
+def parts_of(x: Array) -> Float[Array, "..."]:
     """The real numbers that an array consists of, along one more axis if it is complex:
     real part, imaginary part."""
     return jnp.stack([x.real, x.imag], axis=-1) if jnp.iscomplexobj(x) else x
 
 
-def _whole(parts: Float[Array, "..."], dtype: Any) -> Array:
+def whole(parts: Float[Array, "..."], dtype: Any) -> Array:
     """Undoes `_parts`, for an array of `dtype`."""
     if not jnp.issubdtype(dtype, jnp.complexfloating):
         return parts.astype(dtype)
@@ -162,7 +162,7 @@ class Scale:
         """The nearest integer to `x/q`, (Q)."""
         unit, _, wide = self._scales(x.dtype)
         word = _word(x.dtype)
-        scaled = _parts(x).astype(wide) * (1 / unit)
+        scaled = parts_of(x).astype(wide) * (1 / unit)
         high = jnp.round(scaled)
         # Exact, since it has no digits that `scaled` had not. In [-1/2, 1/2], of which
         # both ends fit a signed word only below zero.
@@ -180,7 +180,7 @@ class Scale:
         rest = _signed(low)
         high = high - (rest >> (_word(dtype) - 1))
         value = high.astype(wide) * unit_high + rest.astype(wide) * unit_low
-        return _whole(value, dtype)
+        return whole(value, dtype)
 
     def exactly(self, words: Words, value: Array) -> tuple[Words, Array]:
         """The words, and their value, differentiated as one that it rounds."""
@@ -231,11 +231,11 @@ class FixedPoint(AbstractArithmetic):
         """
         largest = 2.0 ** self.exponent(value.dtype)
         # Phrased so that NaN fails.
-        constant = lambda x: _parts(lax.stop_gradient(x))
+        constant = lambda x: parts_of(lax.stop_gradient(x))
         inside, small = [jnp.abs(constant(x)) < largest for x in (value, addend)]
         inside = inside & small
-        exact = _parts(self._scale.value(words, value.dtype))
-        exact = _whole(jnp.where(inside, exact, jnp.nan), value.dtype)
+        exact = parts_of(self._scale.value(words, value.dtype))
+        exact = whole(jnp.where(inside, exact, jnp.nan), value.dtype)
         high, low = words
         why = jnp.isfinite(constant(addend)).astype(high.dtype)
         if before is not None:
@@ -312,27 +312,26 @@ class FixedPoint(AbstractArithmetic):
             move = scaled(y.value - z.value, (factor - 1) / 2)
             return (
                 self._number(*exactly(_plus(a, c), y.value + move), y, gap),
-                self._number(
-                    *self._scale.exactly(_minus(b, c), z.value - move), z, gap
-                ),
+                self._number(*exactly(_minus(b, c), z.value - move), z, gap),
             )
 
         return _unzip(jtu.tree_map(leaf, y, z, shed_bits, is_leaf=_is_number))
 
     def outgrown(self, code: Code) -> Bool[Array, ""]:
-        numbers = jtu.tree_leaves(code, is_leaf=_is_number)
-        leaves = [jnp.any(jnp.isnan(_parts(x.value)) & (x.high != 0)) for x in numbers]
-        return ft.reduce(jnp.logical_or, leaves, jnp.array(False))
+        lost = lambda x: jnp.any(jnp.isnan(parts_of(x.value)) & (x.high != 0))
+        found = map(lost, jtu.tree_leaves(code, is_leaf=_is_number))
+        return ft.reduce(jnp.logical_or, found, jnp.array(False))
 
     def difference(self, a: Code, b: Code) -> State:
         def leaf(a, b):
             words = _minus((a.high, a.low), (b.high, b.low))
-            value = _parts(self._scale.value(words, dtype := a.value.dtype))
+            value = parts_of(self._scale.value(words, dtype := a.value.dtype))
             # Half precision has no number as small as a unit.
             same = (a.high == b.high) & (a.low == b.low)
             value = jnp.where(~same & (value == 0), jnp.finfo(dtype).tiny, value)
-            lost = jnp.isnan(a.value) | jnp.isnan(b.value)
-            return jnp.where(lost, jnp.nan, _whole(value, dtype))
+            apart = a.value - b.value  # NaN if either is.
+            value = jnp.where(jnp.isnan(apart), jnp.nan, whole(value, dtype))
+            return with_derivative_of(apart, value)
 
         return jtu.tree_map(leaf, a, b, is_leaf=_is_number)
 

@@ -102,6 +102,24 @@ class PerStep(AbstractSchedule):
         return isinstance(self.p, int) and self.p > 0 and 32 % self.p == 0
 
 
+class Seldom(AbstractSchedule):
+    """A number of bits, which divides a word, at the last of every so many steps."""
+
+    bits: int = eqx.field(static=True)
+    every: int = eqx.field(static=True)
+
+    def of_step(self, index: Index, t0: Any, t1: Any) -> Count:
+        _, phase = divided(index, self.every)
+        return jnp.where(phase == self.every - 1, self.bits, 0).astype(jnp.uint32)
+
+    def most(self, max_steps: int) -> int:
+        return max_steps // self.every * self.bits
+
+    @property
+    def fills_words(self) -> bool:
+        return True
+
+
 class OverTime(AbstractSchedule):
     """A number of bits over the time from `t0` to `t1`, (T)."""
 

@@ -27,7 +27,8 @@ from .._numbers.schedule import Index
 from .._xla.compat import depends_on_argument, unvmap_any
 from .control import Time
 from .increment import AbstractIncrement, is_tableau
-from .problem import Problem, has_backward_step, is_of_diffrax
+from .own import undoes_itself
+from .problem import Problem, is_of_diffrax
 from .watch import default_tolerance, largest, not_too_small
 
 
@@ -56,9 +57,9 @@ def _remembers(solver: dfx.AbstractSolver, problem: Problem) -> bool:
 
 def check_memory(solver: dfx.AbstractSolver, memoryless: bool, problem: Problem):
     """Refuses a base of which (M) is neither known nor seen nor said."""
-    if memoryless or is_tableau(solver) or is_of_diffrax(solver):
-        return
-    if has_backward_step(solver):  # Its memory is a part of the state.
+    known = is_tableau(solver) or is_of_diffrax(solver) or undoes_itself(solver)
+    # (What those that undo themselves remember is a part of the state.)
+    if memoryless or known:
         return
     if not _remembers(solver, problem):
         return

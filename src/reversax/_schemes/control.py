@@ -43,7 +43,7 @@ def _is_increment(x: Any) -> bool:
     return isinstance(x, dfx.AbstractBrownianIncrement)
 
 
-def _times(sign: Sign, tree: PyTree[Array]) -> PyTree[Array]:
+def times(sign: Sign, tree: PyTree[Array]) -> PyTree[Array]:
     sign_of = lambda x: jnp.asarray(sign).astype(jnp.result_type(jnp.real(x)))
     return jtu.tree_map(lambda x: scaled(x, sign_of(x)), tree)
 
@@ -54,7 +54,7 @@ def in_direction(control: Control, sign: Sign) -> Control:
 
     def leaf(x):
         if not _is_increment(x):
-            return _times(sign, x)
+            return times(sign, x)
         if type(x) not in _KNOWN_INCREMENTS:
             raise NotImplementedError(
                 "Use a Brownian path with `levy_area=` one of "
@@ -63,7 +63,7 @@ def in_direction(control: Control, sign: Sign) -> Control:
                 f"`{type(x).__name__}` along the reversed path is not known to "
                 "`reversax.Reversible(...)`."
             )
-        signed = _times(sign, x)
+        signed = times(sign, x)
         if isinstance(x, dfx.AbstractSpaceTimeLevyArea):
             signed = eqx.tree_at(lambda s: s.H, signed, x.H)
         return signed
@@ -85,7 +85,7 @@ class Leg(NamedTuple):
     """Which of the vector fields, if there are several."""
 
     def times_factor(self, increment: PyTree[Array]) -> PyTree[Array]:
-        return _times(self.factor, increment)
+        return times(self.factor, increment)
 
 
 def _unwrapped(term: dfx.AbstractTerm) -> tuple[dfx.AbstractTerm, Sign]:
@@ -206,4 +206,4 @@ def over_leg(
 def _with_area(control: Control, sign: Sign) -> Control:
     if not isinstance(control, dfx.AbstractSpaceTimeLevyArea):
         return control
-    return eqx.tree_at(lambda c: c.H, control, _times(sign, control.H))
+    return eqx.tree_at(lambda c: c.H, control, times(sign, control.H))

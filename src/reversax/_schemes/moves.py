@@ -71,7 +71,7 @@ class Context(NamedTuple):
     """Whether an error estimate or dense output may be asked for."""
     each: Callable = lambda fn, *args: fn(None, *args)
     """`fn(lane, *args)`, lane by lane where a batch is walked over at once; `lane` has
-    `shed_bits(lost)`."""
+    `shed(lost)`."""
 
 
 class Cotangents(NamedTuple):
@@ -261,6 +261,13 @@ class Repeated(AbstractMove):
 
 
 Moves = Sequence[AbstractMove]
+
+
+def stacked(moves: Moves) -> Any:
+    """Moves of one kind, for [`Repeated`][]."""
+    parts = [eqx.partition(move, _is_array) for move in moves]
+    arrays = jtu.tree_map(lambda *x: jnp.stack(x), *[a for a, _ in parts])
+    return eqx.combine(arrays, parts[0][1])
 
 
 def _is_array(x: Any) -> bool:

@@ -58,7 +58,6 @@ from .moves import (
     Codes,
     Context,
     Cotangents,
-    Kept,
     Moves,
     Otherwise,
     Recall,
@@ -71,7 +70,6 @@ from .moves import (
 from .scheme import (
     AbstractAlike,
     AbstractScheme,
-    Begun,
     CotangentsOfDense,
     Dense,
     Lost,
@@ -109,14 +107,14 @@ class AbstractNative(AbstractScheme):
         fields: Fields | AbstractIncrement,
         span: Span,
         codes: Codes,
-        bits: Count,
+        lost: Lost,
         *,
         error: bool,
         dense: bool,
     ) -> Step:
         control = fields.contr(*self.control_span(span))
         context = Context(self.arithmetic, fields)
-        moves = self.moves(span, control, Lost(bits, 0))
+        moves = self.moves(span, control, lost)
         codes1, cores = take(moves, context, codes)
         estimate = self.estimate(cores) if error else None
         ends = codes, codes1
@@ -175,7 +173,7 @@ class AbstractNative(AbstractScheme):
     def schedule(self, start: Index, chosen: AbstractSchedule) -> AbstractSchedule:
         return PerStep(0, 1, start)
 
-    def shed_bits(self, codes: Codes, bits: Count) -> None:
+    def shed(self, codes0: Codes, codes1: Codes, bits: Count) -> Any:
         return None
 
     @property
@@ -222,22 +220,12 @@ class AbstractReusing(AbstractNative):
     def _kept_leg(self, t: Time) -> Leg:
         return Leg(t, t, np.float32(1), None, VF)
 
-    def begin(self, fields: Fields, t0: Time, codes: Codes) -> Codes:
-        if not self.reuses:
-            return codes
-        a = self.arithmetic.decode(codes[self.kept_of])
-        value = fields.core(self._kept_leg(t0), a, extends=False).increment
-        return *codes, Kept(value)
+    @property
+    def prepares(self) -> bool:
+        return self.reuses
 
-    def pull_begin(
-        self, context: Context, t0: Time, codes: Codes, ct: Cotangents
-    ) -> Begun:
-        if not self.reuses:
-            return Begun(ct, None)
-        renew = Renew(self._kept_leg(t0), reads=self.kept_of, kept=2)
-        _, met = renew.undo(context, codes)
-        ct, ct_leg = renew.pull(context, met, ct)
-        return Begun(ct, ct_leg.start)
+    def first_moves(self, span: Span, control: Control) -> Moves:
+        return (Renew(self._kept_leg(span.start), reads=self.kept_of, kept=2),)
 
     def between_kicks(self, kicks: tuple[Leg, Leg], moves: list) -> Moves:
         """The moves between two kicks of the first part, and these."""

@@ -37,7 +37,6 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .._numbers.arithmetic import AbstractArithmetic, State
-from .._numbers.schedule import Count
 from .._xla.closure import closed
 from .control import Control, Leg, Time
 from .fields import Fields
@@ -234,12 +233,12 @@ class Retraced(AbstractNative):
         fields: Fields | AbstractIncrement,
         span: Span,
         codes: Codes,
-        bits: Count,
+        lost: Lost,
         *,
         error: bool,
         dense: bool,
     ) -> Step:
-        [move] = self.moves(span, (), Lost(bits, 0))
+        [move] = self.moves(span, (), lost)
         codes1, core = move.take(Context(self.arithmetic, fields), codes)
         _, estimate, dense_info = core.rest
         result = dfx.RESULTS.successful if core.result is None else core.result

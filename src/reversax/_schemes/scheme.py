@@ -16,7 +16,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, PyTree, UInt32
+from jaxtyping import Array, Bool, PyTree
 
 from .._numbers.arithmetic import AbstractArithmetic, State
 from .._numbers.schedule import AbstractSchedule, Count, Index
@@ -26,17 +26,26 @@ from .increment import AbstractIncrement
 from .moves import (
     Codes,
     Context,
-    Cotangents,
     Kept,
     Moves,
     Otherwise,
     Trail,
+    take,
     value_of,
 )
 from .problem import Problem
 
 Values = tuple[State, ...]
 """Of a state's parts."""
+
+
+class Grid(NamedTuple):
+    """The times of all steps, of a scheme that takes equal ones; or their cotangents.
+    (The `end` has none.)"""
+
+    begin: Any
+    length: Any
+    end: Any
 
 
 class Span(NamedTuple):
@@ -46,14 +55,17 @@ class Span(NamedTuple):
     end: Any
     before: Any = None
     """Where the step before it began, for a scheme that looks back; else `None`."""
+    grid: Grid | None = None
+    """For a scheme that takes equal steps; else `None`."""
 
 
 class Lost(NamedTuple):
-    """How many bits of each number a step lost, and the steps before it. (A number that
-    Python knows is one for all lanes.)"""
+    """How many bits of each number a step lost, and the steps before it (a number that
+    Python knows is one for all lanes); and which step it is."""
 
     number: Count
     before: Count
+    index: Index = 0
 
 
 class Step(NamedTuple):
@@ -83,14 +95,6 @@ class CotangentsOfDense(NamedTuple):
 def plain(codes: Codes) -> Codes:
     """Without what is kept of other parts."""
     return tuple(part for part in codes if not isinstance(part, Kept))
-
-
-class Begun(NamedTuple):
-    """The cotangents of what a solve begins with."""
-
-    ct: Cotangents
-    t0: Any
-    """If the times are differentiated."""
 
 
 class AbstractParts(eqx.Module):
@@ -130,7 +134,37 @@ class AbstractParts(eqx.Module):
         return self.arithmetic.outgrown(plain(codes))
 
 
-class AbstractScheme(AbstractParts):
+class AbstractRecorded(AbstractParts):
+    """What steps lose, to be recorded."""
+
+    @property
+    @abc.abstractmethod
+    def sheds(self) -> bool:
+        """Whether steps lose bits that are to be kept."""
+
+    @property
+    def what_is_kept(self) -> str:
+        """Of steps that lose bits, in words, and what loses none."""
+        raise NotImplementedError
+
+    @abc.abstractmethod
+    def schedule(self, start: Index, chosen: AbstractSchedule) -> AbstractSchedule:
+        """How many bits of each number every step loses, of a solve that goes on after
+        `start` steps: as the user says, else as was `chosen`."""
+
+    @abc.abstractmethod
+    def shed(self, codes0: Codes, codes1: Codes, bits: Count) -> PyTree[Array]:
+        """What the step between these loses: the lowest of words of 32 bits, which are
+        recorded one behind the other; or numbers of so many bits, as these are."""
+
+    @property
+    @abc.abstractmethod
+    def amplification(self) -> float | None:
+        """By how much undoing a step magnifies round-off: its natural logarithm; `None`
+        if that follows from the bits that it loses."""
+
+
+class AbstractScheme(AbstractRecorded):
     """A way of stepping that can be undone, and the numbers that it is done in."""
 
     interpolation_cls: eqx.AbstractVar[Callable[..., dfx.AbstractLocalInterpolation]]
@@ -140,6 +174,8 @@ class AbstractScheme(AbstractParts):
     """Whether a step has an error estimate."""
     looks_back: ClassVar[bool] = False
     """Whether a step depends on where the one before it began."""
+    equal_steps: ClassVar[bool] = False
+    """Whether all steps must be of the same length."""
 
     # The parts of a state.
 
@@ -153,15 +189,29 @@ class AbstractScheme(AbstractParts):
         _, _, y0, _ = problem
         return self.start(y0)
 
-    def begin(self, fields: Fields, t0: Time, codes: Codes) -> Codes:
-        """With what is to be kept of them, if anything."""
+    def with_kept(self, codes: Codes) -> Codes:
+        """With places for what is to be kept of the parts, if anything."""
         return codes
 
-    def pull_begin(
-        self, context: Context, t0: Time, codes: Codes, ct: Cotangents
-    ) -> Begun:
-        """The cotangents before `begin`."""
-        return Begun(ct, None)
+    @property
+    def prepares(self) -> bool:
+        """Whether anything comes before the first step."""
+        return False
+
+    def first_moves(self, span: Span, control: Control) -> Moves:
+        """What does."""
+        return ()
+
+    def begin(
+        self, fields: Fields | AbstractIncrement, span: Span, codes: Codes
+    ) -> Codes:
+        """What the first step, of these times, starts from."""
+        if not self.prepares:
+            return codes
+        control = fields.contr(*self.control_span(span))
+        moves = self.first_moves(span, control)
+        context = Context(self.arithmetic, fields)
+        return take(moves, context, self.with_kept(codes))[0]
 
     def reusing(self) -> "AbstractScheme":
         """The same, for steps of which each begins where the one before ended."""
@@ -176,6 +226,15 @@ class AbstractScheme(AbstractParts):
         """The parts, moved by what separates `y0` from what they stand for: usually
         nothing. Whoever drives the solver may hand it another `y0` than it returned."""
 
+    def resume(self, codes: Codes, y0: State) -> Codes:
+        """The parts before the first step of a solve that goes on from `y0`, where
+        another one ended with `codes`."""
+        return self.rebase(codes, y0)
+
+    def returned(self, codes: Codes) -> Codes:
+        """What of them a solve returns."""
+        return plain(codes)
+
     # A step.
 
     @abc.abstractmethod
@@ -188,12 +247,12 @@ class AbstractScheme(AbstractParts):
         fields: Fields | AbstractIncrement,
         span: Span,
         codes: Codes,
-        bits: Count,
+        lost: Lost,
         *,
         error: bool,
         dense: bool,
     ) -> Step:
-        """The step from `codes`, which loses so many bits."""
+        """The step from `codes`. (How many bits earlier ones lost does not matter.)"""
 
     @abc.abstractmethod
     def dense(self, context: Context, moves: Moves, trail: Trail) -> Dense:
@@ -212,33 +271,6 @@ class AbstractScheme(AbstractParts):
         """Refuses a jump of the vector field at the start of a step, if the scheme may
         not meet one. (Python's `False` says that there is none.)"""
 
-    # What a step loses.
-
-    @property
-    @abc.abstractmethod
-    def sheds(self) -> bool:
-        """Whether steps lose bits that are to be kept."""
-
-    @property
-    def bits_per_step(self) -> str:
-        """How many of each number a step loses, in words."""
-        return "no"
-
-    @abc.abstractmethod
-    def schedule(self, start: Index, chosen: AbstractSchedule) -> AbstractSchedule:
-        """How many bits of each number every step loses, of a solve that goes on after
-        `start` steps: as the user says, else as was `chosen`."""
-
-    @abc.abstractmethod
-    def shed_bits(self, codes: Codes, bits: Count) -> PyTree[UInt32[Array, "..."]]:
-        """The bits that the step from `codes` loses."""
-
-    @property
-    @abc.abstractmethod
-    def amplification(self) -> float | None:
-        """By how much undoing a step magnifies round-off: its natural logarithm; `None`
-        if that follows from the bits that it loses."""
-
     # Whether a result can be trusted.
 
     @abc.abstractmethod
@@ -249,8 +281,9 @@ class AbstractScheme(AbstractParts):
         """A state that a step led to, shaped like `y0`."""
         return self.readout(codes)
 
-    def gap(self, codes: Codes) -> State | None:
-        """What must stay smaller than the state; `None` if there is nothing."""
+    def gap(self, codes: Codes, num_steps: Index) -> State | None:
+        """What must stay smaller than the state, after so many steps; `None` if there
+        is nothing."""
         return None
 
     def unwatched(self, codes: Codes) -> State | None:

@@ -24,12 +24,11 @@ Between the ends of a step lies the cubic polynomial of Hermite, of third degree
 the values and the derivatives of both ends.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import diffrax as dfx
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -47,6 +46,7 @@ from .moves import (
     Repeated,
     Trail,
     add_trees,
+    stacked,
 )
 from .native import AbstractReusing
 from .scheme import CotangentsOfDense, Dense, Lost, Span, Values
@@ -99,7 +99,7 @@ class Separable(AbstractReusing):
         moves: list = [last]
         if between:
             inner = [Add(kick, into=0, reads=1) for kick in kicks[1:-1]]  # (K)
-            moves = [Repeated((_stacked(between), _stacked(inner))), last]
+            moves = [Repeated((stacked(between), stacked(inner))), last]
         return self.between_kicks((kicks[0], kicks[-1]), moves)  # (K)
 
     # Dense output.
@@ -180,11 +180,3 @@ def _between(span: Span, share: float) -> Time:
     if abs(share - 1) < 1e-15:
         return span.end
     return span.start + rounded_product(jnp.asarray(share), span.end - span.start)
-
-
-def _stacked(moves: Sequence[Add]) -> Add:
-    """Moves of one kind, for [`Repeated`][]."""
-    is_array = lambda x: isinstance(x, jax.Array | np.ndarray)
-    parts = [eqx.partition(move, is_array) for move in moves]
-    arrays = jtu.tree_map(lambda *x: jnp.stack(x), *[a for a, _ in parts])
-    return eqx.combine(arrays, parts[0][1])

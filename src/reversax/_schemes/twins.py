@@ -89,7 +89,7 @@ class Mix(AbstractMove):
 
     def undo(self, context: Context, codes: Codes):
         def unmix(lane, codes, lost):
-            bits = lambda: lane.shed_bits(lost)
+            bits = lambda: lane.shed(lost)
             known = context.arithmetic, Pair(*codes), lost.number
             return tuple(self.coupling.unmix(*known, bits))  # (BC)
 
@@ -132,12 +132,12 @@ class Twins(AbstractAlike):
         fields: Fields | AbstractIncrement,
         span: Span,
         codes: Codes,
-        bits: Count,
+        lost: Lost,
         *,
         error: bool,
         dense: bool,
     ) -> Step:
-        mix, halves = self.moves(span, fields.contr(*span[:2]), Lost(bits, 0))
+        mix, halves = self.moves(span, fields.contr(*span[:2]), lost)
         context = Context(self.arithmetic, fields, extends=error or dense)
         mixed, _ = mix.take(context, codes)
         codes1, (cores, _) = halves.take(context, mixed)
@@ -148,7 +148,8 @@ class Twins(AbstractAlike):
         ends = StepEnds(*readouts, z, ahead.increment, advance.dense_info)
         estimate = None
         if error:
-            estimate = self._estimate(cores.increment, advance.error, bits, readouts[1])
+            known = cores.increment, advance.error
+            estimate = self._estimate(*known, lost.number, readouts[1])
         result = _result_of(ahead, row(cores, 1))
         return Step(codes1, estimate, dense_info(ends), result)
 
@@ -177,15 +178,21 @@ class Twins(AbstractAlike):
         return self.coupling.halves and self.arithmetic.exact
 
     @property
-    def bits_per_step(self) -> str:
+    def what_is_kept(self) -> str:
         number = getattr(self.coupling, "halvings_per_step", 0)
-        return f"at least 1/{SELDOM}" if isinstance(number, str) else f"{number:g}"
+        some = f"at least 1/{SELDOM}" if isinstance(number, str) else f"{number:g}"
+        return (
+            f"`reversax.FixedPoint` records {some} bits a step for each element of the "
+            "state (`arithmetic=reversax.FloatingPoint()` needs no record)"
+        )
 
     def schedule(self, start: Index, chosen: AbstractSchedule) -> AbstractSchedule:
         return self.coupling.schedule(start, chosen)
 
-    def shed_bits(self, codes: Codes, bits: Count) -> PyTree[UInt32[Array, "..."]]:
-        y, z = codes
+    def shed(
+        self, codes0: Codes, codes1: Codes, bits: Count
+    ) -> PyTree[UInt32[Array, "..."]]:
+        y, z = codes0
         return self.arithmetic.shed_bits(y, z, bits)
 
     @property
@@ -201,7 +208,7 @@ class Twins(AbstractAlike):
     def reached(self, codes: Codes) -> State:
         return self.arithmetic.decode(codes[1])
 
-    def gap(self, codes: Codes) -> State:
+    def gap(self, codes: Codes, num_steps: Index = 0) -> State:
         return jtu.tree_map(lambda y, z: y - z, *self.decode(codes))
 
     def unwatched(self, codes: Codes) -> State | None:

@@ -1,5 +1,6 @@
 """A step of any scheme, undone and pulled back by its moves."""
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -68,7 +69,8 @@ def undo_and_pull_step(
     """
     fields, span = context.fields, undoing.span
     evaluation = fields.evaluate_control(*scheme.control_span(span))
-    moves, pull_legs = _moves_and_pull(scheme, fields, undoing, evaluation)
+    make = ft.partial(scheme.moves, lost=undoing.lost)
+    moves, pull_legs = _moves_and_pull(make, fields, span, evaluation)
     codes1, ct, observed = undoing.codes, undoing.ct, None
     if observe is None:
         codes0, ct, ct_legs = undo_and_pull(moves, context, codes1, ct)
@@ -80,39 +82,79 @@ def undo_and_pull_step(
         ct = ct._replace(parameters=add_some(ct.parameters, more.parameters))
         ct, ct_legs = pull(moves, context, trail, ct, more.otherwise)
         ct_legs = add_some(ct_legs, more.legs)
+    undone = Undone(codes0, ct, None, observed)
     if pull_legs is None:
-        return Undone(codes0, ct, None, observed)
-    ct_span, ct_control = pull_legs(ct_legs)[0]
+        return undone
+    return _pulled_to_times(scheme, span, evaluation, pull_legs(ct_legs)[0], undone)
+
+
+def undo_and_pull_first(
+    scheme: AbstractScheme, context: Context, span: Span, codes: Codes, ct: Cotangents
+) -> Undone:
+    """What comes before the first step, undone and pulled back."""
+    if not scheme.prepares:
+        return Undone(codes, ct, None, None)
+    fields = context.fields
+    evaluation = fields.evaluate_control(*scheme.control_span(span))
+    moves, pull_legs = _moves_and_pull(scheme.first_moves, fields, span, evaluation)
+    codes, ct, ct_legs = undo_and_pull(moves, context, codes, ct)
+    undone = Undone(codes, ct, None, None)
+    if pull_legs is None:
+        return undone
+    return _pulled_to_times(scheme, span, evaluation, pull_legs(ct_legs)[0], undone)
+
+
+def undo_first(
+    scheme: AbstractScheme, context: Context, span: Span, codes: Codes
+) -> Codes:
+    """The parts before what comes before the first step, without cotangents."""
+    if not scheme.prepares:
+        return codes
+    evaluation = context.fields.evaluate_control(*scheme.control_span(span))
+    control = eqx.combine(evaluation.value, evaluation.other)
+    moves = scheme.first_moves(span, control)
+    return undo(moves, context, codes).codes[0]
+
+
+def _pulled_to_times(
+    scheme: AbstractScheme,
+    span: Span,
+    evaluation: Evaluation,
+    ct_legs: tuple,
+    undone: Undone,
+) -> Undone:
+    """With the cotangents of times and of what the control depends on, from those of
+    what legs have of both."""
+    ct_span, ct_control = ct_legs
     ct_contr, ct_times = evaluation.pull(ct_control)[0]
+    ct = undone.ct
     if jtu.tree_leaves(ct_contr):
         ct_contr = add_trees(ct.parameters.contr, ct_contr)
         parameters = eqx.tree_at(lambda p: p.contr, ct.parameters, ct_contr)
-        ct = ct._replace(parameters=parameters)
+        undone = undone._replace(ct=ct._replace(parameters=parameters))
     if ct_times is None:
-        return Undone(codes0, ct, None, observed)
+        return undone
     _, pull_span = jax.vjp(scheme.control_span, span)
-    ct_span = add_trees(ct_span, pull_span(ct_times)[0])
-    return Undone(codes0, ct, ct_span, observed)
+    return undone._replace(ct_span=add_trees(ct_span, pull_span(ct_times)[0]))
 
 
 def _moves_and_pull(
-    scheme: AbstractScheme, fields: Fields, undoing: Undoing, evaluation: Evaluation
+    make_moves: Callable, fields: Fields, span: Span, evaluation: Evaluation
 ) -> tuple[Moves, Callable | None]:
     """The moves of a step, and the pull-back of what of their legs is
     differentiated: to the times, if these are, and to the control."""
 
     def make(varied):
-        span, value = varied
+        times, value = varied
         control = eqx.combine(value, evaluation.other)
-        span = undoing.span if span is None else span
-        moves = scheme.moves(span, control, undoing.lost)
+        moves = make_moves(span if times is None else times, control)
         is_leg = lambda x: isinstance(x, Leg)
         varied = lambda leg: fields.varied(leg)[0]
         legs = [move.leg for move in moves]
         return jtu.tree_map(varied, legs, is_leaf=is_leg), moves
 
-    span = jtu.tree_map(jnp.asarray, undoing.span) if fields.times else None
+    times = jtu.tree_map(jnp.asarray, span) if fields.times else None
     if not fields.pulls_control:
         return make((None, evaluation.value))[1], None
-    _, pull_legs, moves = jax.vjp(make, (span, evaluation.value), has_aux=True)
+    _, pull_legs, moves = jax.vjp(make, (times, evaluation.value), has_aux=True)
     return moves, pull_legs

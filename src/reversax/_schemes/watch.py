@@ -34,11 +34,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._numbers.arithmetic import State
-from .._numbers.schedule import Count, Index, divided
+from .._numbers.schedule import Index, divided
 from .._xla.compat import unvmap_any
 from .control import Time
 from .moves import Codes
-from .scheme import AbstractScheme
+from .scheme import AbstractScheme, Lost
 
 Scale = PyTree[Float[Array, ""]]
 
@@ -112,12 +112,12 @@ class Watch(eqx.Module):
 
 
 class Seen(NamedTuple):
-    """A step to look at, which loses so many bits and ends at `t1`."""
+    """A step to look at, which ends at `t1`."""
 
     scheme: AbstractScheme
     codes0: Codes
     codes1: Codes
-    bits: Count
+    lost: Lost
     t1: Time
 
 
@@ -140,7 +140,8 @@ def look(watch: Watch, seen: Seen) -> Watch:
     if not now:
         return watch
     sizes = jnp.maximum(watch.sizes, _together(now, dtype))
-    gap0, gap1 = scheme.gap(codes0), scheme.gap(codes1)
+    index = seen.lost.index
+    gap0, gap1 = scheme.gap(codes0, index), scheme.gap(codes1, index + 1)
     if gap0 is None or gap1 is None:
         # Nothing to compare with; but what is no number is seen.
         gap0, gap1 = jtu.tree_map(lambda x: 0 * x, (now, now))
@@ -149,7 +150,7 @@ def look(watch: Watch, seen: Seen) -> Watch:
     narrow = [s.astype(x.dtype) for s, x in zip(sizes, now, strict=True)]
     against = _together(not_too_small(narrow), dtype)
     ratio = jnp.max(gaps / jnp.where(against == 0, 1, against))  # (W)
-    bits = jnp.asarray(seen.bits).astype(dtype)
+    bits = jnp.asarray(seen.lost.number).astype(dtype)
     needed = bits + jnp.log2(jnp.max(gaps) / jnp.max(before))  # (N)
     needed = jnp.where(jnp.isfinite(needed), needed, watch.needed)
     apart = jnp.isfinite(ratio) | (watch.ratio > _SUSPECT)

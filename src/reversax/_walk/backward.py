@@ -25,7 +25,13 @@ from .._numbers.schedule import Count, Index
 from .._schemes.fields import Fields
 from .._schemes.moves import Codes, Context, Cotangents, add_trees
 from .._schemes.scheme import Lost, Span, Values
-from .._schemes.undoing import Undoing, Undone, undo_and_pull_step, undo_step
+from .._schemes.undoing import (
+    Undoing,
+    Undone,
+    undo_and_pull_step,
+    undo_first,
+    undo_step,
+)
 from .._schemes.watch import Scale
 from .._xla.isolation import run_time_true
 from .._xla.one_kernel import in_one_kernel
@@ -203,7 +209,7 @@ def _joined(
     start, end = ct.start, ct.end + ct_end
     if interval is not None:
         start, end = start + interval[0], end + interval[1]
-    return Span(start, end, ct.before)
+    return ct._replace(start=start, end=end)
 
 
 def walk_back(
@@ -245,4 +251,4 @@ def walk_back_without_cotangents(
 
     carry = num_steps, num_shed, codes1
     *_, codes0 = lax.while_loop(lambda c: c[0] > 0, undo, carry)
-    return codes0
+    return undo_first(lane.scheme, walk.context, lane.timeline.first(), codes0)

@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .._numbers.arithmetic import State
 from .._schemes.control import Time
+from .._schemes.scheme import Grid
 from .._xla.closure import closed
 from .._xla.compat import clip_to_end, depends_on_argument, prevbefore
 
@@ -52,6 +53,14 @@ class Clock(eqx.Module):
     controller_state: PyTree
     ts: list[Array | None]
     """The times to save at, for each `SubSaveAt`."""
+    length: Time | None = None
+    """Of every step, for a scheme that takes equal ones."""
+
+    @property
+    def grid(self) -> Grid | None:
+        if self.length is None:
+            return None
+        return Grid(self.t0, self.length, lax.stop_gradient(self.t1))
 
 
 class ClosedController(dfx.AbstractStepSizeController):

@@ -13,7 +13,7 @@ from .._schemes.base import checked_at
 from .._schemes.fields import NO_LANES, Fields, Lanes
 from .._schemes.increment import AbstractIncrement
 from .._schemes.moves import Codes
-from .._schemes.scheme import AbstractScheme, plain
+from .._schemes.scheme import AbstractScheme, Grid, Span
 from .._schemes.watch import APART, LOST, OUTGROWN, SOUND, Watch, begin
 from .._solver import ReversibleState, result_of
 from .._xla.compat import DIVERGED, integration_loop, while_loop
@@ -60,13 +60,15 @@ def run(
         raise ValueError(setup.unbounded)
     scheme, clock = setup.scheme, parts.clock
     fields = _fields(parts.increment, setup, perturbed, lanes)
-    codes0 = scheme.begin(fields, clock.t0, parts.codes)
+    first_span = Span(clock.t0, clock.first_end, grid=clock.grid)
+    codes0 = scheme.begin(fields, first_span, parts.codes)
     solver = ClosedSolver(
         scheme=scheme,
         fields=fields,
         schedule=setup.plan.schedule,
         look_every=setup.look_every,
         end=clock.t1,
+        grid=clock.grid,
         known_error_order=setup.error_order,
     )
     fns = [_save_with(fn, scheme) for fn in parts.fns]
@@ -90,7 +92,7 @@ def run(
         outer_while_loop=recording_while_loop,
         progress_meter=setup.progress_meter,
     )
-    forward = _taken_apart(final_state, aux_stats, setup)
+    forward = _taken_apart(final_state, aux_stats, setup, clock.grid)
     begun = clock.t0, scheme.reached(parts.codes)
     last = final_state.tprev, scheme.reached(forward.codes)
     return checked_at(forward, parts.increment, begun, last)
@@ -173,7 +175,9 @@ def _recorder(setup: Setup, clock: Clock, perturbed: Any) -> Recorder:
     )
 
 
-def _taken_apart(final_state: Any, aux_stats: dict, setup: Setup) -> Forward:
+def _taken_apart(
+    final_state: Any, aux_stats: dict, setup: Setup, grid: Grid | None
+) -> Forward:
     """What the loop returns, in its parts."""
     codes, recorded = final_state.y, final_state.controller_state
     progress, scheme = final_state.solver_state, setup.scheme
@@ -188,7 +192,13 @@ def _taken_apart(final_state: Any, aux_stats: dict, setup: Setup) -> Forward:
         final_state,
         (
             scheme.readout(codes),
-            ReversibleState(plain(codes), num_steps, watch, progress.before),
+            ReversibleState(
+                codes=scheme.returned(codes),
+                num_steps=num_steps,
+                watch=watch,
+                before=progress.before,
+                grid=None if grid is None else grid._replace(end=jnp.inf),
+            ),
             recorded.inner,
             result,
         ),

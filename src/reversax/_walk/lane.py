@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, PyTree, UInt32
+from jaxtyping import Array, Float, PyTree
 
 from .._numbers.schedule import Count, Index
 from .._schemes.control import Time
@@ -66,8 +66,8 @@ class Lane(eqx.Module):
     def lost(self, index: Index, until: Count) -> Lost:
         return self.tape.lost(index, until)
 
-    def shed_bits(self, lost: Lost) -> PyTree[UInt32[Array, "..."]] | None:
-        return self.tape.shed_bits(lost)
+    def shed(self, lost: Lost) -> PyTree[Array] | None:
+        return self.tape.shed(lost)
 
     def size(self, codes: Codes) -> Scale:
         return largest_of(self.scheme, codes)

@@ -18,6 +18,7 @@ from .._numbers.schedule import Count, Index
 from .._schemes.fields import Lanes
 from .._schemes.moves import Codes, Cotangents, add_trees
 from .._schemes.scheme import Values, plain
+from .._schemes.undoing import undo_and_pull_first
 from .._schemes.watch import Scale
 from .._xla.batching import Axes, batch_aware
 from .._xla.guard import forward_only
@@ -120,7 +121,8 @@ def _walk_back_and_check(
 ) -> PyTree:
     """The cotangents of `parts`."""
     ct_final_state, _ = ct_out
-    like = residuals.outputs._replace(codes=plain(residuals.codes))
+    returned = setup.scheme.returned(residuals.codes)
+    like = residuals.outputs._replace(codes=returned)
     ct_outputs = outputs_of(ct_final_state, ct_final_state.solver_state.codes)
     ct_outputs = _materialise(like, ct_outputs)
     walk = _walk(residuals, ct_outputs, perturbed, parts, setup, axes)
@@ -134,18 +136,17 @@ def _walk_back_and_check(
 
     at_start = walk.each(Lane.pull_at_start, carry.codes, carry.saved)
     ct_values = add_trees(carry.ct_values, at_start.values)
-    begun = scheme.pull_begin(
-        walk.context,
-        walk.each(lambda lane: lane.timeline.clock.t0),
-        carry.codes,
-        Cotangents(ct_values, carry.ct_parameters.fields),
-    )
+    first = walk.each(lambda lane: lane.timeline.first())
+    ct_begun = Cotangents(ct_values, carry.ct_parameters.fields)
+    begun = undo_and_pull_first(scheme, walk.context, first, carry.codes, ct_begun)
     ct_codes = scheme.cotangent(codes0, begun.ct.parts)
     ct_clock: Any = walk.lane.timeline.diff
     if walk.lane.times:
         pull_t0 = lambda lane, ct: lane.timeline.pull_t0(ct)
-        ct_t0 = at_start.t if begun.t0 is None else at_start.t + begun.t0
-        ct_clock = add_trees(carry.ct_clock, walk.each(pull_t0, ct_t0))
+        ct_clock = add_trees(carry.ct_clock, walk.each(pull_t0, at_start.t))
+        if begun.ct_span is not None:
+            pull_first = lambda lane, ct: lane.timeline.pull(0, ct)
+            ct_clock = add_trees(ct_clock, walk.each(pull_first, begun.ct_span))
         ct_clock = _refuse_if_used(ct_final_state.controller_state, ct_clock)
         pairs = zip(ct_clock.ts, carry.saved, strict=True)
         ct_ts = [None if a is None else a + b.ct_ts for a, b in pairs]
@@ -154,7 +155,7 @@ def _walk_back_and_check(
         )
     ct_fns = walk.add_fns(carry.ct_parameters.fns, at_start.fns)
     ct = Parts(ct_codes, begun.ct.parameters, ct_fns, ct_clock)
-    found, final = plain(carry.codes), plain(residuals.codes)
+    found, final = plain(begun.codes), plain(residuals.codes)
     arrival = _Arrival(found, codes0, final)
     check = ft.partial(_check, setup.throw)
     zeros = walk.each(check, arrival, carry.scale, carry.round_trips)

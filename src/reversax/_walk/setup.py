@@ -40,7 +40,7 @@ from .._schemes.problem import Problem, check_problem
 from .._schemes.scheme import AbstractScheme
 from .._schemes.watch import begin, look_every
 from .._solver import Reversible, ReversibleState, first_state
-from .._xla.compat import number_of_steps
+from .._xla.compat import number_of_steps, step_length
 from .clock import Clock, Moment, Reads, close_controller, just_below
 from .event import close_event, without_derivatives
 from .observe import close_fn, is_subsaveat
@@ -143,8 +143,15 @@ def _checked(problem: Problem, solver: Reversible) -> Problem:
 
 
 def _scheme_of(solver: Reversible, controller: Any) -> AbstractScheme:
-    # A controller of another kind may jump between two steps.
     scheme = solver.scheme
+    if scheme.equal_steps and type(controller) is not dfx.ConstantStepSize:
+        raise TypeError(
+            "Use `stepsize_controller=diffrax.ConstantStepSize()`, or a one-step base "
+            "such as `reversax.Reversible(diffrax.Tsit5())` with this "
+            f"`{type(controller).__name__}`: a multistep method reads states at equal "
+            f"distances. ({CALL})"
+        )
+    # A controller of another kind may jump between two steps.
     return scheme.reusing() if prescribes_times(controller) else scheme
 
 
@@ -162,11 +169,7 @@ def _unbounded(solver, controller, event, max_steps, restart_every) -> str | Non
             "and `diffrax.StepTo` need no record)"
         )
     elif solver.scheme.sheds:
-        what = (
-            f"`reversax.FixedPoint` records {solver.scheme.bits_per_step} bits a step "
-            "for each element of the state (`arithmetic=reversax.FloatingPoint()` "
-            "needs no record)"
-        )
+        what = solver.scheme.what_is_kept
     elif isinstance(restart_every, int):
         what = f"the state is kept at every {restart_every} steps (`restart_every`)"
     else:
@@ -231,8 +234,11 @@ def _first_state(
         )
     _, t0, y0, _ = problem
     given = init_state.solver_state
-    codes = scheme.rebase(given.codes, y0)
-    return ReversibleState(codes, given.num_steps, begin(y0, t0))
+    codes = scheme.resume(given.codes, y0)
+    num_steps = given.num_steps
+    if scheme.equal_steps:  # These are begun afresh.
+        num_steps = jnp.zeros_like(num_steps)
+    return ReversibleState(codes, num_steps, begin(y0, t0))
 
 
 def _schedule(
@@ -277,7 +283,7 @@ def set_up(
     fns = [close_fn(sub, args, t0, y0) for sub in _subs(saveat)]
     moment = Moment(t0, init_state.tnext, first)
     reads = Reads(args, solver.error_order(terms), moment, y0, scheme.estimates_error)
-    clock = _clock(_finite(t1, event), controller, reads, saveat)
+    clock = _clock(_finite(t1, event), controller, reads, saveat, scheme.equal_steps)
     located = event is not None and event.root_finder is not None
     dense = saveat.dense or located or any(ts is not None for ts in clock.ts)
     if event is not None:
@@ -313,18 +319,27 @@ def _clock(
     controller: dfx.AbstractStepSizeController,
     reads: Reads,
     saveat: dfx.SaveAt,
+    equal_steps: bool,
 ) -> Clock:
     """The clock; `reads` is what a controller may depend on beside its own."""
     moment, first_state = reads.moment, reads.moment.controller_state
+    length, first_end = None, moment.t1
+    if equal_steps:
+        assert isinstance(controller, dfx.ConstantStepSize)
+        # Diffrax's first step is of `dt0`, and all others of a share of the time.
+        length = step_length(controller, first_state)
+        only = number_of_steps(controller, first_state) == 1
+        first_end = jnp.where(only, t1, moment.t0 + length)
     if not prescribes_times(controller):
         controller, first_state = close_controller(controller, reads)
     return Clock(
         t0=moment.t0,
         t1=t1,
-        first_end=moment.t1,
+        first_end=first_end,
         controller=controller,
         controller_state=first_state,
         ts=[sub.ts for sub in _subs(saveat)],
+        length=length,
     )
 
 

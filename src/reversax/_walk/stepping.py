@@ -11,7 +11,7 @@ from .._numbers.arithmetic import State
 from .._numbers.schedule import AbstractSchedule, Index
 from .._schemes.control import Time
 from .._schemes.fields import Fields
-from .._schemes.scheme import AbstractScheme, Span
+from .._schemes.scheme import AbstractScheme, Grid, Lost, Span
 from .._schemes.watch import Seen, Watch, look_sometimes
 
 
@@ -70,6 +70,8 @@ class ClosedSolver(dfx.AbstractSolver):
     """At every how many steps to look: a Python number, or an array."""
     end: Time
     """Of the last step."""
+    grid: Grid | None
+    """For a scheme that takes equal steps."""
     known_error_order: Any
 
     term_structure: ClassVar = dfx.AbstractTerm
@@ -92,10 +94,10 @@ class ClosedSolver(dfx.AbstractSolver):
         scheme, index = self.scheme, solver_state.num_steps
         scheme.check_jump(y0, made_jump)
         bits = self.schedule.of_step(index, t0, t1)
-        span = Span(t0, t1, solver_state.before)
+        span = Span(t0, t1, solver_state.before, self.grid)
         options = dict(error=self.fields.error, dense=self.fields.dense)
-        step = scheme.step(self.fields, span, y0, bits, **options)
-        seen = Seen(scheme, y0, step.codes, bits, t1)
+        step = scheme.step(self.fields, span, y0, Lost(bits, 0, index), **options)
+        seen = Seen(scheme, y0, step.codes, Lost(bits, 0, index), t1)
         known = index, self.look_every, self.end
         watch = look_sometimes(solver_state.watch, *known, seen)
         before = jnp.asarray(t0) if scheme.looks_back else None

@@ -5,7 +5,7 @@
   one time a step would not do. `ConstantStepSize` and `StepTo` prescribe their times,
   so those are computed again and nothing is kept.
 - The bits that steps lost, of each element of the state thirty-two to a word; those of
-  one step may begin in one word and end in the next.
+  one step may begin in one word and end in the next. Or numbers that they lost.
 - In floating point, now and then the state itself, for the way back to restart from.
 
 All of it is written by a wrapper around the controller, the `Recorder`. If there is
@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, PyTree, UInt32
+from jaxtyping import Array, PyTree, Shaped
 
 from .._numbers.schedule import AbstractSchedule, Count, Index, divided
 from .._schemes.control import Time
@@ -93,9 +93,9 @@ class Plan(eqx.Module):
             times = RecordedTimes(empty, empty, derivatives)
         if self.scheme.sheds:
             assert self.max_steps is not None
-            num = max(1, -(-most // _BITS))
-            bits = jax.eval_shape(self.scheme.shed_bits, codes0, 1)
-            bits = jtu.tree_map(lambda x: rows(num, x, x.dtype), bits)
+            words = lambda x: max(1, -(-most // _bits_of(x)))
+            bits = jax.eval_shape(self.scheme.shed, codes0, codes0, 1)
+            bits = jtu.tree_map(lambda x: rows(words(x), x, x.dtype), bits)
         if self.restarts is not None:
             assert self.max_steps is not None
             num = self.restarts.number(self.max_steps, most)
@@ -108,7 +108,7 @@ class Record(NamedTuple):
     """What was recorded; `None` for what needs no record."""
 
     times: RecordedTimes | None
-    bits: PyTree[UInt32[Array, "rows ..."]] | None
+    bits: PyTree[Shaped[Array, "rows ..."]] | None
     codes: Codes | None
 
 
@@ -122,19 +122,22 @@ class Tape(eqx.Module):
     def lost(self, index: Index, until: Count) -> Lost:
         """How many bits a step lost, given those until its end."""
         number = self._number(index)
-        return Lost(number, jnp.asarray(until) - jnp.asarray(number, jnp.uint32))
+        before = jnp.asarray(until) - jnp.asarray(number, jnp.uint32)
+        return Lost(number, before, index)
 
     def _number(self, index: Index) -> Count:
         return self.plan.schedule.of_step(index, *self.times.interval(index))
 
-    def shed_bits(self, lost: Lost) -> PyTree[UInt32[Array, "..."]] | None:
-        """Those that a step lost."""
+    def shed(self, lost: Lost) -> PyTree[Array] | None:
+        """What a step lost."""
         if self.record.bits is None:
             return None
         first, shift = divided(lost.before, _BITS)
         mask = (np.uint32(1) << jnp.asarray(lost.number, jnp.uint32)) - np.uint32(1)
 
         def read(rows):
+            if _is_number(rows):
+                return rows[divided(lost.before, _bits_of(rows))[0]]
             bits = rows[first] >> shift
             if not self.plan.schedule.fills_words:
                 # (None of the shifts is by a whole word.)
@@ -277,7 +280,7 @@ class Recorder(dfx.AbstractStepSizeController):
             set_row = lambda x, rows: buffer_at_set(rows, index, x, pred=keep)
             times = jtu.tree_map(set_row, new, times)
         if bits is not None:
-            new = plan.scheme.shed_bits(codes0, bits_lost)
+            new = plan.scheme.shed(codes0, codes1, bits_lost)
             add = ft.partial(self._add_bits, shed, bits_lost, keep)
             # Over what is written first: in the loop a buffer is a tree of its own.
             bits = jtu.tree_map(add, new, bits)
@@ -292,8 +295,10 @@ class Recorder(dfx.AbstractStepSizeController):
         self, shed: Count, bits_lost: Count, keep: Any, new: Array, rows: Any
     ) -> Any:
         """Writes the bits of a step behind the `shed` ones."""
-        row, shift = divided(shed, _BITS)
+        row, shift = divided(shed, _bits_of(rows))
         keep = keep & (jnp.asarray(bits_lost) > 0)
+        if _is_number(rows):
+            return buffer_at_set(rows, row, new, pred=keep)
         rows = buffer_at_set(rows, row, rows[row] | (new << shift), pred=keep)
         if self.plan.schedule.fills_words:
             return rows
@@ -301,6 +306,14 @@ class Recorder(dfx.AbstractStepSizeController):
         # (None of the shifts is by a whole word.)
         beyond = (new >> 1) >> (_BITS - 1 - shift)
         return buffer_at_set(rows, _next(row, rows), beyond, pred=keep & more)
+
+
+def _bits_of(x: Any) -> int:
+    return x.dtype.itemsize * 8
+
+
+def _is_number(rows: Any) -> bool:
+    return jnp.issubdtype(rows.dtype, jnp.inexact)
 
 
 def _next(row: Array, rows: Any) -> Array:

@@ -26,12 +26,16 @@ class Timeline(eqx.Module):
     def clock(self) -> Clock:
         return eqx.combine(self.diff, self.rest)
 
+    def first(self) -> Span:
+        clock = self.clock
+        return Span(clock.t0, clock.first_end, grid=clock.grid)
+
     def last_of(self, num_steps: Index) -> tuple[Index, Span]:
         """The last of so many steps."""
         t0 = self.clock.t0
         index, start, end = self.times.last_of(num_steps, t0)
         if not self.looks_back:
-            return index, Span(start, end)
+            return index, Span(start, end, grid=self.clock.grid)
         _, before, _ = self.times.last_of(jnp.maximum(num_steps - 1, 1), t0)
         return index, Span(start, end, jnp.where(num_steps > 0, before, t0))
 
@@ -39,6 +43,10 @@ class Timeline(eqx.Module):
         """The cotangent of the clock from that of a step's times."""
         pull = self.times.pull_interval
         ct_clock = pull(index, (ct.start, ct.end), self.diff, self.rest)
+        if ct.grid is not None:
+            grid = lambda clock: clock.grid[:2]
+            more = pull_through(grid, self.diff, self.rest, ct.grid[:2])
+            ct_clock = add_trees(ct_clock, more)
         if ct.before is None:
             return ct_clock
         before = ct.before, jnp.zeros_like(ct.before)

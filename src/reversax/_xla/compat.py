@@ -104,6 +104,13 @@ def number_of_steps(
     return jnp.where(num_steps < 0, -1, num_steps - first + 1)
 
 
+def step_length(controller: dfx.ConstantStepSize, first_state: PyTree) -> Array:
+    """Of all steps alike: a share of the time, or `dt0` where there is no end."""
+    _, num_steps, t0, t1_or_length = first_state
+    number = jnp.maximum(num_steps, 1).astype(jnp.result_type(t0, t1_or_length))
+    return jnp.where(num_steps < 0, t1_or_length, (t1_or_length - t0) / number)
+
+
 def replayed_end(
     controller: dfx.ConstantStepSize | dfx.StepTo,
     first_state: PyTree,

@@ -5,8 +5,10 @@ import dataclasses
 import diffrax as dfx
 
 from .._adjoint import ReversibleAdjoint
+from .._multistep import SymmetricMultistep
 from .._numbers.schedule import MOST
 from .._schemes.coupling import McCallumFoster, Symmetric
+from .._schemes.own import undoes_itself
 from .._solver import Reversible
 from ._scan import RematerialisedScan
 
@@ -53,6 +55,8 @@ class Candidate:
         coupling = solver.coupling
         if not isinstance(coupling, Symmetric) or coupling.halvings_per_step != "auto":
             return None
+        if undoes_itself(solver.solver):
+            return None
         more = Reversible(solver.solver, Symmetric(MOST), solver.arithmetic)
         name = f"{self.name.removesuffix(')')}, halvings_per_step={MOST})"
         return dataclasses.replace(self, name=name, solver=more)
@@ -64,6 +68,12 @@ _CONTROL = Candidate(
     RematerialisedScan(),
     stepsize_controller=dfx.ConstantStepSize(),
 )
+
+
+def _multistep() -> Candidate:
+    solver, constant = Reversible(SymmetricMultistep()), dfx.ConstantStepSize()
+    name = "Reversible(SymmetricMultistep)"
+    return Candidate(name, solver, ReversibleAdjoint(), stepsize_controller=constant)
 
 
 def _by_name(*solvers: dfx.AbstractSolver) -> dict[str, dfx.AbstractSolver]:
@@ -80,7 +90,7 @@ def _explicit(solver: dfx.AbstractSolver) -> dfx.AbstractSolver:
 
 
 def default_candidates(
-    solver: dfx.AbstractSolver, quick: bool = False
+    solver: dfx.AbstractSolver, quick: bool = False, *, ordinary: bool = True
 ) -> list[Candidate]:
     """The candidates that a problem with the base `solver` is compared by.
 
@@ -89,6 +99,7 @@ def default_candidates(
     - [`reversax.Reversible`][] over the base, Bosh3 and Euler with
         [`reversax.ReversibleAdjoint`][].
     - The published scheme, [`reversax.McCallumFoster`][] over the base.
+    - [`reversax.SymmetricMultistep`][] in constant steps, of an ordinary equation.
     - The control: Tsit5 in constant steps as one would write it by hand, in a
         `jax.lax.scan` of a `jax.checkpoint`ed step. It is measured, and not recommended
         as it can do little of what `diffrax.diffeqsolve` can.
@@ -97,7 +108,8 @@ def default_candidates(
     Tsit5 is.
 
     **Arguments:** `solver`, the base; `quick`, for only the base and Euler, and neither
-    `BacksolveAdjoint` nor the published scheme.
+    `BacksolveAdjoint` nor the published scheme nor a multistep method; `ordinary`,
+    whether the equation is one, a single `diffrax.ODETerm`.
 
     Where damping is found to drive the twins of a reversible one apart, the command
     adds the same with `Symmetric(halvings_per_step=4)`.
@@ -118,6 +130,8 @@ def default_candidates(
         published = Reversible(explicit, McCallumFoster())
         name = f"Reversible({type(explicit).__name__}, McCallumFoster)"
         candidates.append(Candidate(name, published, reverse))
+        if ordinary:
+            candidates.append(_multistep())
         name = f"{type(solver).__name__}, backsolve"
         candidates.append(Candidate(name, solver, dfx.BacksolveAdjoint()))
     return [*candidates, _CONTROL]

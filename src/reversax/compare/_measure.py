@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.tree_util as jtu
@@ -16,6 +17,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._round_trip import round_trip_error
+from .._schemes.control import is_of_time
 from .._solver import Reversible
 from ._candidates import Candidate, default_candidates
 from ._gradient import (
@@ -134,7 +136,9 @@ def compare(
 def _candidates(problem: Problem, options: Options) -> list[Candidate]:
     if problem.candidates is not None:
         return list(problem.candidates)
-    return default_candidates(problem.solver, options.quick)
+    terms = problem.terms
+    ordinary = isinstance(terms, dfx.AbstractTerm) and is_of_time(terms)
+    return default_candidates(problem.solver, options.quick, ordinary=ordinary)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,129 @@
+"""The window of a symmetric multistep method, and what is computed of it: the equations
+are those of `multistep_moves.py`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from .._numbers.arithmetic import AbstractArithmetic, State
+from .._numbers.fixed_point import parts_of, whole
+from .._xla.guard import with_derivative_of
+from .control import Control, times
+from .moves import Codes, Cotangents, Kept
+from .multistep_weights import Weights
+
+BITS = 32
+"""Of a correction."""
+
+Slopes = tuple[State, ...]
+"""The derivatives of a window."""
+
+
+def zeros_of(tree: PyTree) -> PyTree[Array]:
+    return jtu.tree_map(jnp.zeros_like, tree)
+
+
+def sum_of(*trees: PyTree[Array]) -> PyTree[Array]:
+    return jtu.tree_map(lambda *xs: sum(xs[1:], start=xs[0]), *trees)
+
+
+def weighted(weights: Any, trees: Any) -> State:
+    return sum_of(*[times(w, x) for w, x in zip(weights, trees, strict=True) if w != 0])
+
+
+def turned(xs: tuple) -> tuple:
+    """(M2)."""
+    return *xs[1:], xs[0]
+
+
+def turned_back(xs: tuple) -> tuple:
+    return xs[-1], *xs[:-1]
+
+
+class Window(eqx.Module):
+    """A state, taken apart."""
+
+    values: Codes
+    slopes: Slopes
+    correction: PyTree[Array] | None
+    """`None` of a method that does not correct."""
+
+    @staticmethod
+    def of(codes: Codes, steps: int) -> "Window":
+        values, (slopes, *correction) = codes[:steps], codes[steps:]
+        return Window(values, slopes.value, *[x.value for x in correction or [_NONE]])
+
+    def turned(self, turn: Callable[[tuple], tuple]) -> "Window":
+        return Window(turn(self.values), turn(self.slopes), self.correction)
+
+    @property
+    def codes(self) -> Codes:
+        correction = () if self.correction is None else (Kept(self.correction),)
+        return *self.values, Kept(self.slopes), *correction
+
+
+_NONE = Kept(None)
+
+
+# Of cotangents the parts are those of the values that codes stand for.
+def window_of_cotangents(ct: Cotangents, steps: int) -> Window:
+    values, (slopes, *correction) = ct.parts[:steps], ct.parts[steps:]
+    return Window(values, slopes, *(correction or [None]))
+
+
+def cotangents_of(ct: Cotangents, window: Window) -> Cotangents:
+    correction = () if window.correction is None else (window.correction,)
+    return ct._replace(parts=(*window.values, window.slopes, *correction))
+
+
+def differences(arithmetic: AbstractArithmetic, values: Codes) -> tuple[State, ...]:
+    """Those that (M1) reads, of the outermost values first; but not of `w_0`."""
+    pairs = [(len(values) - j, j) for j in range(1, len(values) // 2)]
+    return tuple(arithmetic.difference(values[a], values[b]) for a, b in pairs)
+
+
+def increment(
+    weights: Weights, reads: tuple[tuple[State, ...], Slopes], length: Control
+) -> State:
+    """(M1)."""
+    (apart, slopes), k = reads, weights.steps
+    half = k // 2
+    both = [sum_of(slopes[j - 1], slopes[k - j - 1]) for j in range(1, half)]
+    slope = weighted(weights.betas[1 : half + 1], [*both, slopes[half - 1]])
+    return sum_of(weighted(weights.alphas[1:half], apart), times(length, slope))
+
+
+def amplitude(
+    weights: Weights, steps: tuple[State, ...], slopes: Slopes, length: Control
+) -> State:
+    """(A), of the `steps` from each value to the next one."""
+    # Their weights add up to zero.
+    of_steps = -np.cumsum(weights.values)[:-1]
+    slope = weighted(weights.slopes, slopes)
+    return sum_of(weighted(of_steps, steps), times(length, slope))
+
+
+def steps_of(arithmetic: AbstractArithmetic, values: Codes) -> tuple[State, ...]:
+    pairs = zip(values[1:], values[:-1], strict=True)
+    return tuple(arithmetic.difference(later, earlier) for later, earlier in pairs)
+
+
+def rounded(d: State) -> PyTree[Array]:
+    """(C1), real and imaginary parts along one more axis."""
+    return jtu.tree_map(lambda x: parts_of(x).astype(jnp.float32), d)
+
+
+def restored(correction: PyTree[Array], like: State) -> State:
+    return jtu.tree_map(lambda x, y: whole(x, y.dtype), correction, like)
+
+
+def as_kept(d: State) -> State:
+    """`d` as it is restored from what is kept of it; differentiated as `d`."""
+    value = lax.stop_gradient(restored(rounded(d), d))
+    return jtu.tree_map(with_derivative_of, d, value)
