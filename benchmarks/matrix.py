@@ -47,6 +47,7 @@ from methods import (
     CHECKPOINTED,
     REVERSED,
     Method,
+    count_calls,
     make_gradient,
     make_loss,
     methods_for,
@@ -71,24 +72,6 @@ NETWORK_METHODS: list[Method | Peer] = [
     Peer("torchdiffeq", "heun2", adjoint=False),
     Peer("torchdiffeq", "heun2", adjoint=True),
 ]
-
-
-def count_calls(problem: Problem, make: Callable[[Problem], Callable]) -> int:
-    """How often the program that `make` makes of the problem evaluates its field."""
-    calls: list[Any] = []
-
-    def field(xp, t, y, parameters):
-        # Without an argument, `jax.checkpoint` would not repeat it with the rest.
-        jax.debug.callback(lambda y: calls.append(None), y)
-        return problem.field(xp, t, y, parameters)
-
-    program = make(dataclasses.replace(problem, field=field))
-    # It runs once, so optimising it would not pay.
-    options = {"xla_backend_optimization_level": 0}
-    inputs = jax.tree.map(jnp.asarray, problem.inputs)
-    jax.block_until_ready(jax.jit(program, compiler_options=options)(inputs))
-    jax.effects_barrier()
-    return len(calls)
 
 
 def evaluations_row(problem: Problem, method: Method, steps: int) -> dict[str, Any]:

@@ -33,6 +33,11 @@ CHECKPOINTED_ALL: Adjoint = lambda steps: diffrax.RecursiveCheckpointAdjoint(ste
 DIRECT: Adjoint = lambda steps: diffrax.DirectAdjoint()
 BACKSOLVED: Adjoint = lambda steps: diffrax.BacksolveAdjoint()
 
+
+def _multistep(*args: Any, **kwargs: Any) -> reversax.Reversible:
+    return reversax.Reversible(reversax.SymmetricMultistep(*args, **kwargs))
+
+
 SOLVERS: dict[str, Any] = {
     "Heun": diffrax.Heun(),
     "Tsit5": diffrax.Tsit5(),
@@ -43,6 +48,12 @@ SOLVERS: dict[str, Any] = {
     "Reversible(Tsit5)": reversax.Reversible(diffrax.Tsit5()),
     "published Reversible(Tsit5)": reversax.Reversible(
         diffrax.Tsit5(), coupling=reversax.McCallumFoster()
+    ),
+    "Reversible(SymmetricMultistep(6))": _multistep(6),
+    "Reversible(SymmetricMultistep(6, correct_every=None))": _multistep(6, None),
+    "Reversible(SymmetricMultistep(4))": _multistep(4),
+    "Reversible(SymmetricMultistep(4, starter=Bosh3))": (
+        _multistep(4, starter=diffrax.Bosh3())
     ),
 }
 
@@ -250,3 +261,29 @@ def make_loss(
 def make_gradient(loss: Callable) -> Callable:
     """`gradient(inputs, resolution) -> ((value, steps), gradient)`."""
     return jax.value_and_grad(loss, has_aux=True)
+
+
+def count_calls(problem: Problem, make: Callable[[Problem], Callable]) -> int:
+    """How often the program that `make` makes of the problem evaluates its field."""
+    calls: list[Any] = []
+
+    def note(y):
+        calls.append(None)
+        return y
+
+    # Without a side effect: what no result depends on is not run, nor counted.
+    @jax.custom_jvp
+    def noted(y):
+        return jax.pure_callback(note, jax.ShapeDtypeStruct(y.shape, y.dtype), y)
+
+    noted.defjvp(lambda primals, tangents: (noted(*primals), *tangents))
+
+    def field(xp, t, y, parameters):
+        return problem.field(xp, t, noted(y), parameters)
+
+    program = make(dataclasses.replace(problem, field=field))
+    # It runs once, so optimising it would not pay.
+    options = {"xla_backend_optimization_level": 0}
+    inputs = jax.tree.map(jnp.asarray, problem.inputs)
+    jax.block_until_ready(jax.jit(program, compiler_options=options)(inputs))
+    return len(calls)

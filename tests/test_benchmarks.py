@@ -114,6 +114,21 @@ def test_what_a_symplectic_solve_costs_is_measured(tmp_path):
     assert few[:3] == many[:3]  # Of those that keep nothing.
 
 
+@pytest.mark.heavy
+def test_multistep_counts_one_evaluation_a_step_and_two_back(tmp_path):
+    results = run_quickly("multistep.py", tmp_path)
+    assert all(row["error"] <= row["within"] for row in results["network"])
+    counted = {row["method"]: row for row in results["counts"]}
+    row = counted["Multistep(6)"]
+    assert row["solve, a step"] == 1
+    assert row["gradient, a step"] == 3
+    # Five steps of six, six derivatives of values, and five steps fewer.
+    assert row["solve, besides"] == 5 * 6 + 6 - 5
+    for row in results["stability"]:
+        # Without corrections the mode of the root -1 grows on all that is damped.
+        assert (row["damped: up to"] > 0) == (row["correct_every"] != "None")
+
+
 def test_device_goes_on_after_a_row_that_fails():
     program = """if True:
         import device
