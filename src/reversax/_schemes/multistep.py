@@ -41,7 +41,14 @@ from .multistep_dense import AbstractWindowed, WindowInterpolation
 from .multistep_moves import Correct, Extend
 from .multistep_start import Launch, Slope, Turn
 from .multistep_weights import AHEAD, ALONE, BEHIND, Weights
-from .multistep_window import BITS, Window, increment, rounded
+from .multistep_window import (
+    BITS,
+    Window,
+    increment,
+    rounded,
+    sum_of,
+    zeros_of,
+)
 from .scheme import Grid, Lost, Span, Values
 
 START, FIELD, SUM = range(3)
@@ -104,7 +111,7 @@ class Multistep(AbstractWindowed):
 
     def start(self, y0: State) -> Codes:
         encode = self.arithmetic.encode
-        nothing = encode(jtu.tree_map(jnp.zeros_like, y0))
+        nothing = encode(zeros_of(y0))
         return *[nothing] * (self.weights.steps - 1), encode(y0)
 
     def read(self, values: Values) -> State:
@@ -133,8 +140,7 @@ class Multistep(AbstractWindowed):
         return True
 
     def with_kept(self, codes: Codes) -> Codes:
-        y = self.arithmetic.decode(codes[-1])
-        zeros = jtu.tree_map(jnp.zeros_like, y)
+        zeros = zeros_of(self.arithmetic.decode(codes[-1]))
         kept = None if self.correct_every is None else rounded(zeros)
         slopes = (zeros,) * self.weights.steps
         return Window(codes, slopes, kept).codes
@@ -215,8 +221,7 @@ class Multistep(AbstractWindowed):
         share = lambda j: (-1) ** j * math.comb(k - 1, j) * 16 / 2 ** (k - 1)
         values = [times(share(j), x) for j, x in enumerate(self.decode(codes)[:k])]
         extended = jnp.asarray(num_steps) >= k
-        leaf = lambda *x: jnp.where(extended, sum(x[1:], start=x[0]), 0)
-        return jtu.tree_map(leaf, *values)
+        return jtu.tree_map(lambda x: jnp.where(extended, x, 0), sum_of(*values))
 
     def driven_apart(self, needed: float, adaptive: bool) -> str:
         least = self.weights.steps

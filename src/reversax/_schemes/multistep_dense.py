@@ -16,7 +16,7 @@ from .control import Control, Time, times
 from .moves import Codes, Context, Moves, Otherwise, Trail, add_some
 from .multistep_moves import Extend
 from .multistep_weights import AHEAD, Weights, dense_weights
-from .multistep_window import Window
+from .multistep_window import Window, sum_of, zeros_of
 from .native import AbstractNative
 from .scheme import CotangentsOfDense, Dense, Span
 
@@ -48,8 +48,7 @@ class WindowInterpolation(dfx.AbstractLocalInterpolation):
         kind = self.third.astype(jnp.int32)
         weights = powers @ jnp.asarray(dense_weights(), powers.dtype)[kind]
         each = zip(weights, (*self.steps, *self.slopes), strict=True)
-        terms = [times(w, x) for w, x in each]
-        return jtu.tree_map(lambda *x: sum(x[1:], start=x[0]), self.y0, *terms)
+        return sum_of(self.y0, *[times(w, x) for w, x in each])
 
 
 _POINTS = 0, -3, -2, -1
@@ -98,7 +97,7 @@ class AbstractWindowed(AbstractNative):
         return _info(third, self._points(ends[1]), control) | dict(third=third)
 
     def empty_dense_info(self, y0: State) -> dict[str, Any]:
-        zeros = jtu.tree_map(jnp.zeros_like, y0)
+        zeros = zeros_of(y0)
         third = jnp.zeros((), jnp.float32)
         return dict(y0=y0, steps=(zeros,) * 2, slopes=(zeros,) * 3, third=third)
 
@@ -128,8 +127,8 @@ class AbstractWindowed(AbstractNative):
             of_kept = () if self.correct_every is None else (None,)
             end = *rows[0], tuple(rows[1]), *of_kept
             nothing = [None] * len(moves)
-            varied = context.fields.varied(extend.over)[0]
-            ct_over = jtu.tree_map(jnp.zeros_like, varied)._replace(control=ct_control)
+            ct_over = zeros_of(context.fields.varied(extend.over)[0])
+            ct_over = ct_over._replace(control=ct_control)
             pulled = context.fields.pulls_control
             legs = [*nothing[1:], (ct_over, None)] if pulled else None
             return CotangentsOfDense(Otherwise([*nothing, end], nothing), None, legs)

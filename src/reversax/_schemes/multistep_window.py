@@ -57,7 +57,7 @@ class Window(eqx.Module):
     @staticmethod
     def of(codes: Codes, steps: int) -> "Window":
         values, (slopes, *correction) = codes[:steps], codes[steps:]
-        return Window(values, slopes.value, *[x.value for x in correction or [_NONE]])
+        return Window(values, slopes.value, correction[0].value if correction else None)
 
     def turned(self, turn: Callable[[tuple], tuple]) -> "Window":
         return Window(turn(self.values), turn(self.slopes), self.correction)
@@ -66,9 +66,6 @@ class Window(eqx.Module):
     def codes(self) -> Codes:
         correction = () if self.correction is None else (Kept(self.correction),)
         return *self.values, Kept(self.slopes), *correction
-
-
-_NONE = Kept(None)
 
 
 # Of cotangents the parts are those of the values that codes stand for.
