@@ -27,7 +27,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from .._numbers.arithmetic import AbstractArithmetic, Code
 from .._xla.isolation import Evaluation
@@ -49,6 +49,16 @@ def add_some(a: PyTree[Array], b: Any) -> PyTree[Array]:
     if type(b) in (tuple, list):
         return type(b)(add_some(x, y) for x, y in zip(a, b, strict=True))
     return add_trees(a, b)
+
+
+def chosen(pred: Bool[Array, "..."], new: PyTree, old: PyTree) -> PyTree[Array]:
+    """`new` where `pred`, which has an axis of lanes if all else has one."""
+    pred = jnp.asarray(pred)
+
+    def leaf(x, y):
+        return jnp.where(pred.reshape(pred.shape + (1,) * (x.ndim - pred.ndim)), x, y)
+
+    return jtu.tree_map(leaf, new, old)
 
 
 class Kept(eqx.Module):

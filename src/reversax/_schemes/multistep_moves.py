@@ -35,7 +35,7 @@ from jaxtyping import Array, Bool, PyTree
 from .._numbers.arithmetic import AbstractArithmetic, State
 from .._xla.compat import unvmap_any
 from .control import Control, Leg, times
-from .moves import AbstractMove, Codes, Context, Cotangents, add_trees
+from .moves import AbstractMove, Codes, Context, Cotangents, add_trees, chosen
 from .multistep_weights import Weights
 from .multistep_window import (
     BITS,
@@ -54,16 +54,6 @@ from .multistep_window import (
     zeros_of,
 )
 from .scheme import Lost
-
-
-def _chosen(pred: Bool[Array, "..."], new: PyTree, old: PyTree) -> PyTree[Array]:
-    """`new` where `pred`, which has an axis of lanes if all else has one."""
-    pred = jnp.asarray(pred)
-
-    def leaf(x, y):
-        return jnp.where(pred.reshape(pred.shape + (1,) * (x.ndim - pred.ndim)), x, y)
-
-    return jtu.tree_map(leaf, new, old)
 
 
 def _where(pred: Bool[Array, "..."], fn: Callable, otherwise: Callable, *args) -> Any:
@@ -98,7 +88,7 @@ class Correct(AbstractMove):
             by = as_kept(d)
             values = self._moved(arithmetic, window.values, times(-1, by))
             new = Window(values, window.slopes, correction).codes
-            return _chosen(self._due, new, codes)
+            return chosen(self._due, new, codes)
 
         return _where(self._due, corrected, lambda codes: codes, codes), None
 
@@ -116,7 +106,7 @@ class Correct(AbstractMove):
             by = restored(window.correction, like)
             values = self._moved(arithmetic, window.values, by)
             new = Window(values, window.slopes, self._before(context)).codes
-            return _chosen(self._due, new, codes)
+            return chosen(self._due, new, codes)
 
         codes = _where(self._due, uncorrected, lambda codes: codes, codes)
         return codes, Window.of(codes, self.weights.steps).slopes
@@ -127,14 +117,14 @@ class Correct(AbstractMove):
         some, bits = before >= BITS, jnp.full_like(before, BITS)
         lost = Lost(bits, jnp.where(some, before, bits) - bits)
         found = context.each(lambda lane, x: lane.shed(x), lost)
-        return _chosen(some, found, zeros_of(found))
+        return chosen(some, found, zeros_of(found))
 
     def pull(self, context: Context, met: Slopes, ct: Cotangents, ct_met=None):
         def pulled(ct):
             window = window_of_cotangents(ct, self.weights.steps)
             signed = [times((-1) ** j, x) for j, x in enumerate(window.values)]
             ct_d = times(-1, sum_of(*signed))
-            ct_d = _chosen(self._due, ct_d, zeros_of(ct_d))
+            ct_d = chosen(self._due, ct_d, zeros_of(ct_d))
             fn = lambda *x: amplitude(self.weights, *x)
             pull_amplitude = lambda _, ct, *x: jax.vjp(fn, *x)[1](ct)
             steps = tuple(window.values[1:])  # Of their shapes; it is linear in them.
@@ -187,7 +177,7 @@ class Extend(AbstractMove):
             value = arithmetic.add(window.values[0], core.increment)  # (M1)
             at = self.at_newest, arithmetic.decode(value)
             slope = context.fields.core(*at, extends=False).increment  # (M3)
-            return _chosen(self.full, (value, slope), known(window))
+            return chosen(self.full, (value, slope), known(window))
 
         known = lambda window: (window.values[0], window.slopes[0])
         value, slope = _where(self.full, extended, known, window)
@@ -209,7 +199,7 @@ class Extend(AbstractMove):
             was = arithmetic.add(value, by)  # (C2)
         at = self.at_oldest, arithmetic.decode(was)
         slope = context.fields.evaluate(*at).value[0]  # (M3)
-        new = _chosen(self.full, (value, slope), (values[0], slopes[0]))
+        new = chosen(self.full, (value, slope), (values[0], slopes[0]))
         before = Window((new[0], *values[1:]), (new[1], *slopes[1:]), after.correction)
         met = evaluated, context.fields.evaluate(self.at_newest, newest)
         return before.codes, met
@@ -217,7 +207,7 @@ class Extend(AbstractMove):
     def pull(self, context: Context, met, ct: Cotangents, ct_met=None):
         evaluated, at_newest = met
         after = window_of_cotangents(ct, self.weights.steps)
-        if_full = lambda tree: _chosen(self.full, tree, zeros_of(tree))
+        if_full = lambda tree: chosen(self.full, tree, zeros_of(tree))
         ct_slope = if_full(after.slopes[-1])
         value = ct_slope, zeros_of(at_newest.value[1])
         ct_p, ct_newest_leg, ct_y = at_newest.pull(value)[0]  # (M3)

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .._numbers.schedule import Count, Index
 from .._schemes.fields import Fields
-from .._schemes.moves import Codes, Context, Cotangents, add_trees
+from .._schemes.moves import Codes, Context, Cotangents, add_trees, chosen
 from .._schemes.scheme import Lost, Span, Values
 from .._schemes.undoing import (
     Undoing,
@@ -99,10 +99,7 @@ class Walk(eqx.Module):
     def _keep_if_done(self, num_steps: Index, new: PyTree, old: PyTree) -> PyTree:
         if self.axes is None:
             return new
-        some_left = jnp.asarray(num_steps) > 0
-        in_lanes = lambda x: some_left.reshape(-1, *[1] * (x.ndim - 1))
-        choose = lambda x, y: jnp.where(in_lanes(x), x, y)
-        return jtu.tree_map(choose, new, old)
+        return chosen(jnp.asarray(num_steps) > 0, new, old)
 
     @property
     def context(self) -> Context:
