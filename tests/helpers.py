@@ -155,6 +155,11 @@ class SameScheme(dfx.AbstractAdjoint):
         return self.adjoint.loop(**known, **problem)
 
 
+def heavy(*parameters):
+    """Parameters that are not daily."""
+    return [pytest.param(x, marks=pytest.mark.heavy) for x in parameters]
+
+
 def in_cells(cells, daily):
     """Tuples of names as parameters; what is not daily is heavy."""
     return [

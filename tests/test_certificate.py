@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers import (
     BASES,
+    heavy,
     in_cells,
     initial_states,
     network_arguments,
@@ -107,7 +108,7 @@ MESSAGE = (
 )
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["f32", "f64"])
+@pytest.mark.parametrize("dtype", [jnp.float32, *heavy(jnp.float64)])
 def test_a_lossy_reversal_raises_and_a_healthy_one_does_not(dtype):
     # lam**-n is 2.7e4 at 0.9 and 97 steps in single precision: 2.7e4*6e-8 > 3.5e-4.
     n = 97 if dtype == jnp.float32 else 250
@@ -342,7 +343,8 @@ def nothing(residuals, parts):
 
 
 @pytest.mark.parametrize(
-    "fault", [flip_a_shed_bit, flip_a_bit_of_the_state, nudge_the_parameters]
+    "fault",
+    [flip_a_shed_bit, nudge_the_parameters, *heavy(flip_a_bit_of_the_state)],
 )
 def test_one_wrong_bit_raises(monkeypatch, fault):
     with pytest.raises(eqx.EquinoxRuntimeError, match=FIXED_POINT_MESSAGE):
@@ -375,7 +377,7 @@ def test_a_tolerance_given_by_the_user_holds_for_fixed_point_too(monkeypatch):
     assert all(jnp.all(jnp.isfinite(g)) for g in gradient)
 
 
-@pytest.mark.parametrize("name", ["Euler", "Tsit5", "own-midpoint"])
+@pytest.mark.parametrize("name", ["Tsit5", *heavy("Euler", "own-midpoint")])
 def test_the_round_trip_of_a_contracting_flow_in_fixed_point_is_zero(name):
     """y' = -30 y in single precision, which floating point cannot undo (above)."""
     cast = jnp.float32

@@ -45,8 +45,7 @@ CASES = {
     "controlled": (CDE, Y0["a"], dfx.SaveAt(ts=MIDDLE), 4, False),
 }
 MARKED = [
-    pytest.param(x, marks=[pytest.mark.heavy] if i > 1 else [])
-    for i, x in enumerate(CASES)
+    pytest.param(x, marks=[pytest.mark.heavy] if i else []) for i, x in enumerate(CASES)
 ]
 
 

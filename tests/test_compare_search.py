@@ -96,7 +96,13 @@ def fewest_by_formula(wanted):
     return min(n for n in COUNTS if gradient_error(by_heun(n), exact()) <= wanted)
 
 
-@pytest.mark.parametrize("factor", [10, 1 / 10], ids=["ten times", "a tenth"])
+@pytest.mark.parametrize(
+    "factor",
+    [
+        pytest.param(10, id="ten times"),
+        pytest.param(1 / 10, id="a tenth", marks=pytest.mark.heavy),
+    ],
+)
 def test_the_steps_that_are_found_do_not_depend_on_dt0(factor):
     wanted = 2e-3
     steps = fewest_by_formula(wanted)
@@ -129,7 +135,13 @@ CONTROLLED = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize("candidate", [REVERSIBLE, CONTROLLED], ids=["steps", "rtol"])
+@pytest.mark.parametrize(
+    "candidate",
+    [
+        pytest.param(REVERSIBLE, id="steps"),
+        pytest.param(CONTROLLED, id="rtol", marks=pytest.mark.heavy),
+    ],
+)
 def test_what_is_found_is_accurate_as_compiled_by_itself_and_the_next_coarser_is_not(
     candidate,
 ):

@@ -142,6 +142,7 @@ def test_lanes_that_are_evaluated_at_times_of_their_own(name):
     agree(run, dict(y0=jnp.stack([Y0, -Y0]), args=ARGS, times=times))
 
 
+@pytest.mark.heavy
 def test_a_batch_of_solutions_is_evaluated_after_the_solve():
     """The interpolation leaves the `vmap` as an output, and the `jit` too."""
     states = initial_states(batch=2)

@@ -65,7 +65,7 @@ def direct():
 @pytest.mark.parametrize(
     "setting",
     [
-        pytest.param(s, id=name, marks=[pytest.mark.heavy] * (name == "80-2-40"))
+        pytest.param(s, id=name, marks=[pytest.mark.heavy] * (name != "80-4-20"))
         for name, s in SETTINGS.items()
     ],
 )

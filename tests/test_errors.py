@@ -134,7 +134,13 @@ UNBOUNDED = {
 }
 
 
-@pytest.mark.parametrize("what", UNBOUNDED)
+@pytest.mark.parametrize(
+    "what",
+    [
+        x if x == "fixed point" else pytest.param(x, marks=pytest.mark.heavy)
+        for x in UNBOUNDED
+    ],
+)
 def test_an_unbounded_number_of_steps_is_refused_only_if_it_is_differentiated(what):
     options, why = UNBOUNDED[what]
     options = dict(solver=rvx.Reversible(dfx.Heun())) | options
@@ -191,6 +197,7 @@ def test_forward_mode_is_refused(differentiate):
         differentiate()
 
 
+@pytest.mark.heavy
 def test_reverse_mode_of_a_reverse_mode_derivative_is_refused():
     message = r"forward mode.*jax\.hessian.*ReversibleAdjoint.*in reverse mode"
     with pytest.raises(NotImplementedError, match=message):

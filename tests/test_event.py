@@ -110,7 +110,6 @@ STEPPING = {
 # (A root between constant steps is daily where its output is looked at, below.)
 DAILY = [
     ("of-the-field", "pid-to-infinity"),
-    ("boolean", "pid"),
 ]
 
 

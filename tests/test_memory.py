@@ -105,6 +105,7 @@ def test_recorded_times_that_are_differentiated_keep_their_derivatives_beside():
     assert of(16_384) - of(64) <= 1.02 * six_numbers
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("batching", "controlled"),
     in_cells(
@@ -169,6 +170,7 @@ def test_at_the_default_of_max_steps_16_constant_steps_take_the_memory_of_1024()
     assert abs(of(16) - of(1024)) < 4 * Y0.size
 
 
+@pytest.mark.heavy
 def test_checkpointing_grows_so_that_the_figures_above_mean_something():
     few, many = (
         temporary_bytes(dfx.RecursiveCheckpointAdjoint(checkpoints=n), n)

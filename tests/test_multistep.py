@@ -14,63 +14,26 @@ import pytest
 from helpers import (
     flat,
     in_cells,
-    initial_states,
-    network_arguments,
     network_field,
     relative_difference,
 )
+from multistep_method import (
+    ARGS,
+    ARITHMETICS,
+    DIRECT,
+    OURS,
+    SAVED,
+    T1,
+    Y0,
+    differentiated,
+    method,
+    solve,
+)
 
 import reversax as rvx
-from reversax._schemes import multistep
-from reversax._schemes.multistep_moves import Correct
-
-OURS, DIRECT = rvx.ReversibleAdjoint(), dfx.DirectAdjoint()
-ARITHMETICS = {"fixed-point": rvx.FixedPoint(), "floating-point": rvx.FloatingPoint()}
-Y0, ARGS, T1 = initial_states(), network_arguments(), 2.0
-SAVED = {
-    "end": dfx.SaveAt(t1=True),
-    "ts": dfx.SaveAt(t0=True, ts=jnp.array([0.03, 0.07, 0.5, 1.21])),
-    "steps": dfx.SaveAt(steps=3, fn=lambda t, y, args: t * jnp.sin(y * args[1][0])),
-    "dense": dfx.SaveAt(dense=True),
-}
-
-
-def method(order, arithmetic="fixed-point", every=8, starter=None):
-    base = rvx.SymmetricMultistep(order, every, starter)
-    return rvx.Reversible(base, arithmetic=ARITHMETICS[arithmetic])
-
-
-def solve(solver, num, y0=Y0, args=ARGS, t1=T1, **kwargs):
-    known = dict(adjoint=OURS, max_steps=num)
-    known.update(kwargs)
-    term = dfx.ODETerm(network_field)
-    return dfx.diffeqsolve(term, solver, 0.0, t1, t1 / num, y0, args, **known)
-
-
-def outputs(solution):
-    if solution.ys is None:
-        at = jnp.array([0.02, 0.06, 0.9, 1.99])
-        return jax.vmap(solution.evaluate)(at)
-    return jnp.where(jnp.isfinite(solution.ys), solution.ys, 0)
-
-
-def differentiated(solver, num, adjoint, saved="end", **kwargs):
-    """The loss, and its gradient by the state, the arguments and the end."""
-
-    def loss(y0, args, t1):
-        known = dict(adjoint=adjoint, saveat=SAVED[saved], **kwargs)
-        return jnp.sum(outputs(solve(solver, num, y0, args, t1, **known)) ** 2)
-
-    of = jax.value_and_grad(loss, argnums=(0, 1, 2))
-    return eqx.filter_jit(of)(Y0, ARGS, jnp.asarray(T1))
-
 
 CELLS = [(str(k), a, s) for k in (4, 6) for a in ARITHMETICS for s in SAVED]
-DAILY = {
-    ("6", "fixed-point", "ts"),
-    ("4", "fixed-point", "dense"),
-    ("4", "floating-point", "steps"),
-}
+DAILY = {("6", "fixed-point", "ts"), ("4", "floating-point", "dense")}
 
 
 @pytest.mark.parametrize(("order", "arithmetic", "saved"), in_cells(CELLS, DAILY))
@@ -85,7 +48,7 @@ def test_gradients_are_those_of_direct_differentiation(order, arithmetic, saved)
 
 
 @pytest.mark.parametrize(
-    "num", [1, 3, *[pytest.param(n, marks=pytest.mark.heavy) for n in (2, 4, 5, 6, 7)]]
+    "num", [3, *[pytest.param(n, marks=pytest.mark.heavy) for n in (1, 2, 4, 5, 6, 7)]]
 )
 def test_of_few_steps_the_starter_makes_the_first_or_all(num):
     value, gradient = differentiated(method(6), num, OURS)
@@ -106,12 +69,40 @@ def test_of_a_single_step_the_dense_output_is_cubic():
     assert jnp.max(jnp.abs(ours - jax.vmap(cubic.evaluate)(at))) < 1e-14
 
 
-@pytest.mark.parametrize("order", [6, pytest.param(4, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("order", [4, pytest.param(6, marks=pytest.mark.heavy)])
 def test_the_gradient_of_a_thousand_steps_is_exact(order):
     _, gradient = differentiated(method(order, every=16), 1000, OURS)
     oracle = method(order, "floating-point", every=16)
     _, expected = differentiated(oracle, 1000, DIRECT)
     assert relative_difference(gradient, expected) < 1e-11
+
+
+@pytest.mark.heavy
+def test_a_million_steps_have_the_gradient_of_the_exact_solution_and_a_meter(capfd):
+    """Of a pendulum over 150 swings; both passes are shown."""
+    field = lambda t, y, args: jnp.stack([y[1], -args * jnp.sin(y[0])])
+    meter = dfx.TextProgressMeter(0.1)
+
+    def loss(args, y0, solver, num, **known):
+        times = 0.0, 1000.0, 1000.0 / num
+        term = dfx.ODETerm(field)
+        return jnp.sum(
+            dfx.diffeqsolve(term, solver, *times, y0, args, max_steps=num, **known).ys
+            ** 2
+        )
+
+    def gradient(*how, **known):
+        of = jax.grad(lambda a, y: loss(a, y, *how, **known), argnums=(0, 1))
+        return eqx.filter_jit(of)(1.0, jnp.array([1.0, 0.0]))
+
+    adjoint = rvx.ReversibleAdjoint(progress_meter=meter)
+    ours = gradient(method(6), 1_000_000, adjoint=adjoint, progress_meter=meter)
+    jax.block_until_ready(ours)
+    assert capfd.readouterr().out.count("100.00%") == 2
+    exact = gradient(dfx.Dopri8(), 20_000)
+    # Dopri8's round-off adds up: at 20,000 steps it is off by 1.3e-9 of what
+    # reversible methods agree on to 1e-12, at 80,000 by three times as much.
+    assert relative_difference(ours, exact) < 1e-8
 
 
 def test_a_solve_is_undone_to_the_bit():
@@ -173,10 +164,10 @@ def test_time_may_run_backwards_and_fields_be_trees():
         return jnp.sum(ys[0] ** 2) + jnp.sum(ys[1])
 
     of = lambda s, a: eqx.filter_jit(jax.value_and_grad(lambda x: loss(x, s, a)))(1.3)
-    value, gradient = of(method(6, "floating-point"), OURS)
-    expected, oracle = of(method(6, "floating-point"), DIRECT)
+    value, gradient = of(method(4, "floating-point"), OURS)
+    expected, oracle = of(method(4, "floating-point"), DIRECT)
     exact, _ = of(dfx.Dopri8(), DIRECT)
-    assert abs(value - exact) < 1e-5
+    assert abs(value - exact) < 1e-4
     assert abs(value - expected) < 1e-13 and abs(gradient - oracle) < 1e-12
 
 
@@ -194,6 +185,7 @@ class Wave(dfx.AbstractPath):
         return 3 * jnp.cos(3 * t)[None]
 
 
+@pytest.mark.heavy
 def test_a_controlled_equation_is_solved_as_an_ordinary_one():
     field = lambda t, y, args: jnp.cos(args * y)[:, None]
     term = dfx.ControlTerm(field, Wave()).to_ode()
@@ -211,6 +203,7 @@ def test_a_controlled_equation_is_solved_as_an_ordinary_one():
     assert abs(gradient - of(dfx.Tsit5(), DIRECT)) < 2e-4
 
 
+@pytest.mark.heavy
 def test_the_time_of_an_event_is_differentiated():
     crosses = lambda t, y, args, **kwargs: y[0, 0] + 0.9
     event = dfx.Event(crosses, optx.Newton(1e-12, 1e-12))
@@ -251,6 +244,7 @@ def test_a_solve_may_go_on_from_another():
     assert jnp.max(jnp.abs(third.ys - whole.ys)) < 1e-13
 
 
+@pytest.mark.heavy
 def test_under_the_adjoints_of_diffrax_a_solve_in_two_parts_is_that_in_one():
     term, solver = dfx.ODETerm(network_field), method(6, "floating-point")
     saved = dfx.SaveAt(t1=True, solver_state=True)
@@ -265,14 +259,16 @@ def test_under_the_adjoints_of_diffrax_a_solve_in_two_parts_is_that_in_one():
 
 @pytest.mark.usefixtures("optimised")
 def test_memory_grows_by_the_corrections_alone():
+    term = dfx.ODETerm(lambda t, y, args: -y)
+
     def compiled(num, every):
-        program = jax.jit(
-            jax.grad(
-                lambda y0: jnp.sum(
-                    solve(method(6, every=every), num, y0, max_steps=num).ys
-                )
-            )
-        )
+        def loss(y0):
+            times = 0.0, 1.0, 1 / num
+            known = dict(adjoint=OURS, max_steps=num)
+            solver = method(4, every=every)
+            return jnp.sum(dfx.diffeqsolve(term, solver, *times, y0, **known).ys)
+
+        program = jax.jit(jax.grad(loss))
         return program.lower(Y0).compile().memory_analysis().temp_size_in_bytes
 
     assert compiled(64, None) == compiled(4096, None)
@@ -281,95 +277,7 @@ def test_memory_grows_by_the_corrections_alone():
     assert abs(grown - Y0.size * 4 * (4096 - 64) // 16) <= 256
 
 
-def test_damping_that_is_too_large_is_seen():
-    field = lambda t, y, args: -20 * y
-    with pytest.raises(eqx.EquinoxRuntimeError, match=r"Take smaller steps, or `rever"):
-        dfx.diffeqsolve(
-            *(dfx.ODETerm(field), method(4, every=16), 0.0, 5.0, 0.05, Y0),
-            adjoint=OURS,
-        )
-    healthy = dfx.diffeqsolve(
-        *(dfx.ODETerm(field), method(4, every=4), 0.0, 1.0, 1 / 256, Y0), adjoint=OURS
-    )
-    assert jnp.max(jnp.abs(healthy.ys)) < 1e-6
-
-
-FAULTS = ["the last correction", "its sign", "the bits of a correction"]
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [FAULTS[1], *[pytest.param(x, marks=pytest.mark.heavy) for x in FAULTS[::2]]],
-)
-def test_a_fault_of_the_way_back_is_noticed(fault, monkeypatch):
-    """A single one, each in what only the way back reads."""
-    if fault == "its sign":
-        extend = multistep.Extend
-        flipped = lambda **x: extend(**{**x, "born": -x["born"]})
-        monkeypatch.setattr(multistep, "Extend", flipped)
-    else:
-        before = Correct._before
-
-        def wrong(self, context):
-            found = before(self, context)
-            if fault == "the last correction":
-                return jax.tree.map(jnp.zeros_like, found)
-            return jax.tree.map(lambda x: x * 1.01, found)
-
-        monkeypatch.setattr(Correct, "_before", wrong)
-    with pytest.raises(eqx.EquinoxRuntimeError, match="did not find the initial state"):
-        differentiated(method(4), 41, OURS)
-
-
-def test_a_field_that_changes_between_the_passes_is_noticed():
-    def moody(t, y, args):
-        return -y + jax.pure_callback(
-            lambda: np.asarray(np.random.default_rng().normal()),
-            jax.ShapeDtypeStruct((), jnp.float64),
-        )
-
-    def loss(y0):
-        known = dict(adjoint=OURS)
-        times = 0.0, 1.0, 1 / 8
-        return jnp.sum(
-            dfx.diffeqsolve(dfx.ODETerm(moody), method(4), *times, y0, **known).ys
-        )
-
-    with pytest.raises(eqx.EquinoxRuntimeError, match="did not find the initial state"):
-        eqx.filter_jit(jax.grad(loss))(Y0)
-
-
-@pytest.mark.filterwarnings("ignore:.*is not marked as converging")
-def test_what_it_cannot_have_is_refused():
-    for wrong, match in (
-        (dict(order=5), "Pass `order=4` or `order=6`"),
-        (dict(correct_every=5), "at least 6"),
-        (dict(starter=dfx.HalfSolver(dfx.Heun())), "explicit Runge-Kutta solver"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            rvx.SymmetricMultistep(**wrong)
-    with pytest.raises(ValueError, match=r"Leave out `coupling`: `SymmetricMulti"):
-        rvx.Reversible(rvx.SymmetricMultistep(), rvx.Symmetric(1))
-    for controller in (dfx.PIDController(1e-3, 1e-3), dfx.StepTo(jnp.array([0.0, T1]))):
-        dt0 = None if isinstance(controller, dfx.StepTo) else 0.1
-        with pytest.raises((TypeError, RuntimeError), match=r"ConstantStep|adaptive"):
-            dfx.diffeqsolve(
-                *(dfx.ODETerm(network_field), method(4), 0.0, T1, dt0, Y0, ARGS),
-                stepsize_controller=controller,
-                adjoint=OURS,
-            )
-    with pytest.raises(ValueError, match="a correction of 32 bits"):
-        jax.grad(lambda y0: jnp.sum(solve(method(4), 9, y0, max_steps=None).ys))(Y0)
-    path = dfx.VirtualBrownianTree(0.0, T1, 1e-3, (), jax.random.key(0))
-    noise = dfx.ControlTerm(lambda t, y, args: y, path)
-    for terms in (dfx.MultiTerm(dfx.ODETerm(network_field), noise), noise):
-        with pytest.raises(TypeError, match=r"a single `diffrax\.ODETerm`"):
-            dfx.diffeqsolve(terms, method(4), 0.0, T1, 0.1, Y0, ARGS, adjoint=OURS)
-    # Diffrax's first step is of `dt0`, and the others are not.
-    with pytest.raises(eqx.EquinoxRuntimeError, match="a `dt0` that divides"):
-        dfx.diffeqsolve(dfx.ODETerm(network_field), method(4), 0.0, T1, 0.3, Y0, ARGS)
-
-
+@pytest.mark.heavy
 def test_second_derivatives_are_those_of_direct_differentiation():
     restart = rvx.ReversibleAdjoint(restart_every=8)
 

@@ -79,7 +79,7 @@ def test_dense_output_is_exact_on_polynomials(third):
 
 
 @pytest.mark.parametrize("order", [4, 6])
-@pytest.mark.parametrize("every", [16, None])
+@pytest.mark.parametrize("every", [16, pytest.param(None, marks=pytest.mark.heavy)])
 def test_the_order_is_what_it_should_be(order, every):
     """At the end and between the ends of steps, on a pendulum, against Dopri8."""
     field = lambda t, y, args: jnp.stack(

@@ -218,7 +218,6 @@ SIZES = {"lorenz": 3}
 DAILY = {
     ("lorenz", False, "Dopri8"),
     ("waves", True, "Heun"),
-    ("network", False, "Heun"),
 }
 BITS = [
     pytest.param(

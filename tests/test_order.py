@@ -167,7 +167,10 @@ COARSEST = {"Euler": 160, "Bosh3": 640, "own-Kutta3": 640, "Dopri5": 20, "Tsit5"
     ["fixed-point", pytest.param("floating-point", marks=pytest.mark.heavy)],
 )
 @each_problem
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize(
+    "name",
+    [x if x in DAILY else pytest.param(x, marks=pytest.mark.heavy) for x in BASES],
+)
 def test_symmetric_coupling_gains_an_order_for_odd_bases(name, problem, scheme):
     base, base_order, interpolation_order, n = BASES[name]
     order, n = base_order + base_order % 2, COARSEST.get(name, n)

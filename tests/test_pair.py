@@ -67,7 +67,7 @@ def worst_ulps(a, b, scale):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "coupling_parameter",
-    [0.999, 0.5, *(pytest.param(x, marks=pytest.mark.heavy) for x in (1.0, 0.9))],
+    [0.5, *(pytest.param(x, marks=pytest.mark.heavy) for x in (1.0, 0.999, 0.9))],
 )
 @pytest.mark.parametrize("name", SOME_BASES)
 def test_one_step_round_trip_is_within_ulps(name, coupling_parameter, dtype):
@@ -121,7 +121,7 @@ def test_the_step_is_the_published_one():
 
 @pytest.mark.parametrize(
     "halvings",
-    [4, 30, *(pytest.param(x, marks=pytest.mark.heavy) for x in (0, 1))],
+    [4, *(pytest.param(x, marks=pytest.mark.heavy) for x in (0, 1, 30))],
     ids="{}-halvings".format,
 )
 @pytest.mark.parametrize(

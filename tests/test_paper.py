@@ -23,7 +23,16 @@ def paper(monkeypatch):
     return importlib.import_module("paper_common")
 
 
-@pytest.mark.parametrize("base", ["Midpoint", "Ralston", "RK4", "Bosh3", "Dopri5"])
+@pytest.mark.parametrize(
+    "base",
+    [
+        *("RK4", "Dopri5"),
+        *(
+            pytest.param(x, marks=pytest.mark.heavy)
+            for x in ("Midpoint", "Ralston", "Bosh3")
+        ),
+    ],
+)
 def test_unrolled_stages_solve_as_the_base_does(paper, base):
     field = lambda t, y, args: jnp.stack([y[1], -jnp.sin(y[0]) + jnp.cos(t)])
     solutions = [

@@ -66,6 +66,7 @@ def test_under_strict_promotion_the_gradient_is_the_same(
     assert relative_difference(strict, mixed) < 64 * float(jnp.finfo(dtype).eps)
 
 
+@pytest.mark.heavy
 def test_under_strict_promotion_events_lanes_and_times_may_be_differentiated():
     event = dfx.Event(lambda t, y, args, **kwargs: y[0] < 0.6)
     double = jnp.float64

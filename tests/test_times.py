@@ -139,7 +139,6 @@ def agree(run, at, bound=1e-11, arithmetic=SOLVER.arithmetic, quickly=True):
 
 
 DAILY = [
-    ("step-to", "every-third-step", "forwards"),
     ("pid", "ends-and-ts", "backwards"),
 ]
 
