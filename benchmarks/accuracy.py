@@ -23,6 +23,11 @@ operation needs while it runs. So the two compare only roughly, in favour of PyT
 import argparse
 import dataclasses
 import functools as ft
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -60,6 +65,7 @@ LIMIT = 20_000  # Steps to be tried.
 PEER_LIMIT = 5_000
 PATIENCE = 2.0  # Seconds for one gradient, after which to search no further;
 LONGEST = 60.0  # in all, as long as what is found is wrong by more than itself.
+REPLAYED = "Tsit5, adaptive, replayed", "Tsit5, adaptive, recorded and replayed"
 TRIES = 3  # Finer resolutions, where the first misses in the precision that is timed.
 SECONDS = 2.0  # Of repeats of one method.
 REFERENCE = Method("", "Dopri8", "", CHECKPOINTED, adaptive=True)
@@ -149,7 +155,11 @@ class Found(NamedTuple):
 
 
 def search(
-    gradient: Gradient, grid: Iterable[float], reference: Any, targets: Iterable[float]
+    gradient: Gradient,
+    grid: Iterable[float],
+    reference: Any,
+    targets: Iterable[float],
+    patience: float = PATIENCE,
 ) -> dict[float, Found]:
     """The coarsest resolution for each target that can be met."""
     found: dict[float, Found] = {}
@@ -166,7 +176,7 @@ def search(
         previous = this
         # A solution that explodes, at a loose tolerance, takes longer than finer ones.
         sound, now = this.error < 1, time.perf_counter()
-        too_long = now - start > PATIENCE if sound else now - begun > LONGEST
+        too_long = now - start > patience if sound else now - begun > LONGEST
         if not missing or too_long:
             break
     return found
@@ -257,7 +267,24 @@ class Benchmark:
             with jax.enable_x64(not single):
                 at = problem.cast(dtype)
                 rows += self.measure(at, target, references, found)
-        return rows
+        return rows + self.replayed(problem)
+
+    def replayed(self, problem: Problem) -> list[Row]:
+        """What replay.py measures, after the others."""
+        options = self.options
+        asked = REPLAYED if options.methods is None else options.methods
+        names = set(REPLAYED) & set(asked)
+        missing = importlib.util.find_spec("gradsolve") is None
+        if missing or problem.kind != "ODE" or not names or options.quick:
+            return []
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "rows.json"
+            command = [sys.executable, str(Path(__file__).with_name("replay.py"))]
+            command += ["--problems", problem.name, "--json", str(path)]
+            command += ["--seed", str(options.seed), "--repeats", str(options.repeats)]
+            subprocess.run(command, check=True, capture_output=True)
+            rows = [Row(**row) for row in json.loads(path.read_text())["results"]]
+        return [row for row in rows if row.method in names]
 
     def targets(self, problem: Problem) -> tuple[float, ...]:
         return problem.targets[: 1 if self.options.quick else 2]

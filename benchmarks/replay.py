@@ -13,6 +13,9 @@ process; so this one is of its own.
 It needs the extra `peers`. accuracy.py runs it where it finds gradsolve.
 """
 
+# The extra may be missing, for those who check types too.
+# pyright: reportMissingImports=false
+
 import argparse
 import dataclasses
 from collections.abc import Callable
