@@ -38,6 +38,11 @@ def call():
     return seen[0]
 
 
+def test_equations_of_jax_checkpoint_are_known_by_this_name():
+    program = jax.make_jaxpr(jax.checkpoint(jnp.sin))(1.0)
+    assert [x.primitive.name for x in program.eqns] == [compat.CHECKPOINT]
+
+
 def test_an_adjoint_is_called_with_these_arguments(call):
     assert set(call) == {
         "args", "terms", "solver", "stepsize_controller", "event", "saveat", "t0", "t1",

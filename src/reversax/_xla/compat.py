@@ -32,6 +32,9 @@ from equinox.internal import (
 from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import Array, PyTree
 
+# What equations of `jax.checkpoint` are called.
+CHECKPOINT = "remat2"
+
 # Said by Optimistix, whose results Diffrax's extend.
 NONFINITE: Any = dfx.RESULTS.nonfinite
 DIVERGED: Any = dfx.RESULTS.nonlinear_divergence

@@ -32,6 +32,7 @@ import jax.tree_util as jtu
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Bool, Float, PyTree
 
+from .compat import CHECKPOINT
 from .one_kernel import is_complex, keeps_out_of_kernels
 from .rounding import with_rounded_products
 
@@ -145,6 +146,11 @@ def _has_complex(jaxpr: Any) -> bool:
     return any(map(is_complex, variables))
 
 
+def _has_checkpoint(jaxpr: Any) -> bool:
+    """Whether a part of it says itself what is kept of it."""
+    return any(x.primitive.name == CHECKPOINT for x in equations_of(jaxpr))
+
+
 def evaluate_isolated(
     fn: Function, x: PyTree[Array], rest: PyTree, run_time: Array
 ) -> Evaluation:
@@ -169,9 +175,11 @@ def evaluate_isolated(
         return [_raw(x) for x, i in zip(leaves, sources, strict=True) if i is None]
 
     fn, plain = _traced(fn, x, rest)
-    # `jax.checkpoint` would repeat side effects, such as printing, and cannot keep
-    # complex numbers.
-    may_be_thrifty = not (plain.effects or _has_complex(plain.jaxpr))
+    # `jax.checkpoint` would repeat side effects, such as printing, cannot keep complex
+    # numbers, and keeps by its policy what one inside it was not to keep.
+    may_be_thrifty = not (
+        plain.effects or _has_complex(plain.jaxpr) or _has_checkpoint(plain.jaxpr)
+    )
     traced = ft.partial(run, _thrifty(fn) if may_be_thrifty else fn)
     jaxpr, shapes = jax.make_jaxpr(traced, return_shape=True)(*operands)
     zero = run_time_zero(run_time)
