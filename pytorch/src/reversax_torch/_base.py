@@ -18,7 +18,6 @@ import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,18 +27,15 @@ Time = float | Tensor
 Field = Callable[[Time, Tensor], Tensor]
 
 
-def _row(text: str) -> list[float]:
-    return [float(Fraction(number)) for number in text.split()]
-
-
 class Base:
     """`a`, `b` and `c`; the weights of an error estimate; by evaluation coefficients
     of `theta`, `theta**2`, ... in `b_i(theta)`. Of the last two there may be none, or
     one for the field at the end of the step too."""
 
     def __init__(self, order: int, a: list, b: str, error: str, dense: list):
-        self.order, self.a, self.b = order, [*map(_row, a)], _row(b)
-        self.error, self.dense = _row(error), [*map(_row, dense)]
+        row = lambda text: [float(Fraction(number)) for number in text.split()]
+        self.order, self.a, self.b = order, [*map(row, a)], row(b)
+        self.error, self.dense = row(error), [*map(row, dense)]
         self.c = [*map(math.fsum, self.a)]
 
 
@@ -47,7 +43,9 @@ _TEXT = Path(__file__).with_name("bases.json").read_text()
 BASES = {name: Base(**numbers) for name, numbers in json.loads(_TEXT).items()}
 
 
-def _sum(y: Any, h: Time, weights: Sequence[Time], ks: Sequence[Tensor]) -> Tensor:
+def _sum(
+    y: Tensor | None, h: Time, weights: Sequence[Time], ks: Sequence[Tensor]
+) -> Tensor:
     """`y + h * sum_i weights_i k_i`, `y` being `None` if it is zero."""
     for weight, k in zip(weights, ks, strict=False):
         if isinstance(factor := h * weight, Tensor):

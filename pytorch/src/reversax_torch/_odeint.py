@@ -82,20 +82,19 @@ def _walk(
     structure: Structure, func: Callable, y0, base, steps, options, given
 ) -> tuple[list[Tensor], Walk]:
     """The parameters, and the solve."""
-    module, device = module_of(func), structure.device
+    module, device = module_of(func), y0.device.type
     params = parameters_of(module) if given is None else given
     params = [p for p in params if p.is_floating_point() or p.is_complex()]
-    names = {} if module is None else {id(p): k for k, p in module.named_parameters()}
+    names = {id(p): name for name, p in module.named_parameters()}
     halvings = options.get("halvings_per_step", "auto")
+    total = 320 if isinstance(steps, Controller) else 256
     autocasts = torch.is_autocast_enabled(device)
     return params, Walk(
         field=structure.field(func, y0),
         base=base,
         twins=_twins(y0.dtype, options),
         steps=steps,
-        halvings_of=halvings_of(
-            halvings, 320 if isinstance(steps, Controller) else 256
-        ),
+        halvings_of=halvings_of(halvings, total),
         module=module,
         names=[names.get(id(p)) for p in params],
         autocast=(device, torch.get_autocast_dtype(device), autocasts),

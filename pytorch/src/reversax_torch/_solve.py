@@ -18,6 +18,7 @@ above the square root of the machine epsilon. Nor may the field have changed its
 buffers: what it did on the way back, it did on the way forward too.
 """
 
+import bisect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -26,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._base import Base, Field, Increment, Time
+from ._base import Base, Field, Increment
 from ._state import Held, check_that_all_are_known
-from ._steps import Controller, Grid, Halvings, at_times, grid_of_ends
+from ._steps import Controller, Grid, at_times, grid_of_ends
 from ._twins import McCallumFoster, Symmetric, largest, push
 
 _BATCHED = (
@@ -47,15 +48,14 @@ _ACCEPTS = "`options={'round_trip_tolerance': ...}` accepts it."
 
 @dataclass
 class Walk:
-    """A solve: what it is given, a field on tensors of real numbers among it, and what
-    is kept of the way forward for the way back."""
+    """A solve: what it is given, and what is kept of it for the way back."""
 
     field: Field
     base: Base
     twins: Symmetric | McCallumFoster
     steps: Grid | Controller
-    halvings_of: Halvings
-    module: nn.Module | None
+    halvings_of: Callable[[list[int], float, float], int]
+    module: nn.Module
     names: list[str | None]
     """Those that the module has for the parameters."""
     autocast: tuple[str, torch.dtype, bool]
@@ -77,45 +77,42 @@ class Walk:
         """Calls it as in the forward pass. The module has substitutes of parameters
         with hooks, which are for whole gradients, and of those that are not its own:
         under `torch.func` autograd hands over others."""
-        now = {} if self.module is None else dict(self.module.named_parameters())
-        given, self.params = {}, [*params]
+        now, given, self.params = dict(self.module.named_parameters()), {}, [*params]
         for i, (p, name) in enumerate(zip(params, self.names, strict=True)):
             # There is no public name for hooks.
             if name and (now.get(name) is not p or p._backward_hooks):
                 self.params[i] = p.detach().requires_grad_(self.records)
                 given[f"module.{name}"] = self.params[i]
         with torch.autocast(*self.autocast):
-            if self.module is None or not given:
+            if not given:
                 return call(*arguments)
             held = Held({"module": self.module})
             return torch.func.functional_call(held, given, (call, *arguments))
 
-    def increment(
-        self, t0: float, t1: float, n: Any, thetas: Sequence[float] = ()
-    ) -> tuple[Increment, list[Tensor], list[Time]]:
-        """That from the twin `n`, what it departs by within the step, and its times.
-        Its graph is recorded in both passes: without it some kernels are others."""
+    def increment(self, t0: float, t1: float, n: Any, inside: Sequence = ()) -> tuple:
+        """That from the twin `n`; its value, and what it departs by `inside` the step;
+        the tensors that these are functions of, its state and times. Its graph is
+        recorded in both passes: without it some kernels are others."""
         y = self.twins.decode(n).to(self.dtype).detach().requires_grad_(self.records)
-        times: list[Any] = [t0, t1, *thetas]
-        if self.time_gradient:
-            leaf = lambda t: torch.tensor(t, dtype=torch.float64).requires_grad_()
-            times = [leaf(t) for t in times]
+        leaves, times = [y], [t0, t1, *(theta for _, theta in inside)]
         with torch.set_grad_enabled(self.records or self.checks):
+            if self.time_gradient:
+                leaves += [torch.tensor(times, dtype=torch.float64).requires_grad_()]
+                times = leaves[1].unbind()
             part = Increment(self.base, self.field, times[0], times[1] - times[0], y)
-            departures = [part.departure(theta) for theta in times[2:]]
+            outputs = [part.value, *map(part.departure, times[2:])]
         if self.checks:
             self.checks = False
-            check_that_all_are_known([y, *times, *self.params], part.value)
-        return part, departures, times
+            check_that_all_are_known([*leaves, *self.params], part.value)
+        return part, outputs, leaves
 
     def forward(self, t: Tensor, y0: Tensor) -> Tensor:
         """The solution at `t`."""
         self.asked, self.dtype = t.tolist(), y0.dtype
         self.ys, code = y0.new_empty((len(t), *y0.shape)), self.twins.encode(y0)
         self.ys[0], self.pair, self.bits = y0, (code, code), []
-        self.times, self.halvings, self.rows, self.row = self.asked[:1], [], [], 1
-        """The ends of steps; for each step its halvings, and which rows of the times
-        asked for it has, at what share of it: `None` is its end itself."""
+        self.times, self.halvings = self.asked[:1], []
+        """The ends of steps, and the halvings of each."""
         self.peak, self.size, self.ratio = largest(y0), 0.0, 0.0
         if isinstance(self.steps, Controller):
             self.adapt(self.steps, y0)
@@ -128,23 +125,23 @@ class Walk:
     def step(self, t1: float, control: Controller | None = None) -> float:
         """(C), (F1), (F2), of which nothing is kept where a controller finds the error
         too large. Returns that in units of what is allowed."""
-        twins, t0, rows, ratio = self.twins, self.times[-1], self.within(t1), 0.0
-        share = [
-            (t - self.asked[0]) / (self.asked[-1] - self.asked[0]) for t in (t0, t1)
-        ]
-        b = self.halvings_of(self.halvings, *share)
+        twins, t0, ratio = self.twins, self.times[-1], 0.0
+        rows, inside = self.within(t0, t1)
+        begin, end = self.asked[0], self.asked[-1]
+        passed = lambda t: (t - begin) / (end - begin)
+        b = self.halvings_of(self.halvings, passed(t0), passed(t1))
         (y, z), shed = twins.mix(*self.pair, b)  # (C)
-        inside = [theta for _, theta in rows if theta is not None]
-        part, departures, _ = self.increment(t0, t1, z, inside)
-        up, u = part.value.detach(), part.error() if control else None
-        del part  # With its graph.
+        part, outputs, _ = self.increment(t0, t1, z, inside)
+        up, *departures = (x.detach() for x in outputs)
+        u = part.error() if control else up
+        del part, outputs  # With their graph.
         y = y + twins.encode(up)  # (F1)
         part = self.increment(t1, t0, y)[0]
         down = part.value.detach()
         z = z - twins.encode(down)  # (F2)
         found = torch.stack([up, down, part.y.detach(), twins.decode(z).to(up)])
         peak = torch.maximum(self.peak, largest(found))  # NaN stays.
-        if control and u is not None:
+        if control:
             for weight in self.base.error[len(self.base.b) :]:
                 # Of the field at the end, which the other half of the step begins with.
                 u.add_(part.ks[0].detach(), alpha=(t1 - t0) * weight)
@@ -155,27 +152,30 @@ class Walk:
             if not (ratio <= 1 or abs(t1 - t0) <= control.min_step):
                 return ratio
         before, self.pair = self.pair, (y, z)
-        self.peak, self.row = peak, self.row + len(rows)
+        self.peak = peak
         self.times.append(t1)
         self.halvings.append(b)
-        self.rows.append(rows)
         if shed is not None and self.records:
             push(self.bits, shed, b)
-        for row, theta in rows:
-            self.ys[row] = after = twins.readout(y, z)
-            if theta is not None:
-                line = torch.lerp(twins.readout(*before), after, theta)
-                self.ys[row] = line + departures.pop(0).detach()  # (D)
+        for row in rows:
+            self.ys[row] = twins.readout(y, z)
+        for (row, theta), departure in zip(inside, departures, strict=True):
+            line = torch.lerp(twins.readout(*before), twins.readout(y, z), theta)
+            self.ys[row] = line + departure  # (D)
         return ratio
 
-    def within(self, t1: float) -> list[tuple[int, float | None]]:
-        """The rows of the times asked for that a step reaches."""
-        t0, last, row, rows = self.times[-1], len(self.asked) - 1, self.row, []
-        while row <= last and (self.asked[row] - t1) * (t1 - t0) <= 0:
-            ends = row == last or self.steps is at_times
-            rows.append((row, None if ends else (self.asked[row] - t0) / (t1 - t0)))
-            row += 1
-        return rows
+    def within(self, t0: float, t1: float) -> tuple[Sequence, list[tuple[int, float]]]:
+        """The rows of the times asked for that a step reaches: those that move with its
+        end, and the others, each with its share of the step."""
+        sign = math.copysign(1.0, t1 - t0)
+        along = lambda t: sign * t
+        first, beyond = (
+            bisect.bisect(self.asked, along(t), key=along) for t in (t0, t1)
+        )
+        last = first if self.steps is at_times else len(self.asked) - 1
+        share = lambda row: (self.asked[row] - t0) / (t1 - t0)
+        inside = [(row, share(row)) for row in range(first, min(last, beyond))]
+        return range(last, beyond), inside
 
     def look(self) -> None:
         """Raises if the twins are apart, or numbers out of range."""
@@ -288,8 +288,7 @@ class PullBack(torch.autograd.Function):
 
 def back(walk: Walk, wanted: tuple, ct: Tensor, t: Tensor, y0: Tensor) -> tuple:
     """The cotangents, if the certificate holds."""
-    buffers = lambda: [] if walk.module is None else walk.module.buffers()
-    versions = lambda: [(id(x), x._version) for x in buffers()]
+    versions = lambda: [(id(x), x._version) for x in walk.module.buffers()]
     before, way, tolerance = versions(), WayBack(walk, ct, wanted), walk.twins.tolerance
     true, decode = walk.twins.encode(y0.detach()), walk.twins.decode
     off = max(float(largest(decode(n - true))) for n in way.pair) / (walk.size or 1.0)
@@ -339,10 +338,11 @@ class WayBack:
 
     def undo(self, step: int) -> None:
         walk, twins, b = self.walk, self.walk.twins, self.walk.halvings[step]
-        inside = [(row, theta) for row, theta in walk.rows[step] if theta is not None]
-        for row, theta in walk.rows[step]:
-            self.of_readout(self.ct[row] * (1.0 if theta is None else theta))  # (D)
-        (y, z), r1 = self.pair, twins.readout(*self.pair) if inside else None
+        ends = walk.times[step : step + 2]
+        (rows, inside), after = walk.within(*ends), self.pair
+        for row, theta in [*inside, *((row, 1.0) for row in rows)]:
+            self.of_readout(self.ct[row] * theta)  # (D)
+        y, z = after
         value, ct, _ = self.pulled(step + 1, step, y, -self.z)
         z, self.y = z + twins.encode(value), self.y + ct  # (B2)
         value, ct, slopes = self.pulled(step, step + 1, z, self.y, inside)
@@ -351,40 +351,33 @@ class WayBack:
         self.y, self.z = twins.pull(self.y, self.z, b)
         for row, theta in inside:
             self.of_readout(self.ct[row] * (1 - theta))  # (D)
-        if r1 is not None and walk.time_gradient:
-            line, (t0, t1) = r1 - twins.readout(*self.pair), walk.times[step : step + 2]
-            for (row, theta), slope in zip(inside, slopes, strict=True):
-                # Of a share of a step, (t - t0)/(t1 - t0).
-                of_t = (slope + float((self.ct[row] * line).sum())) / (t1 - t0)
-                self.asked[row] += of_t
-                self.ends[step] -= of_t * (1 - theta)
-                self.ends[step + 1] -= of_t * theta
+        for (row, theta), slope in zip(inside, slopes, strict=False):
+            # Of a share of a step, (t - t0)/(t1 - t0).
+            line = twins.readout(*after) - twins.readout(*self.pair)
+            of_t = (slope + float((self.ct[row] * line).sum())) / (ends[1] - ends[0])
+            self.asked[row] += of_t
+            self.ends[step] -= of_t * (1 - theta)
+            self.ends[step + 1] -= of_t * theta
 
     def pulled(self, begin: int, end: int, n: Any, ct: Tensor, inside: Any = ()):
         """The increment between two ends of steps from the twin `n`, and the cotangents
         of that and of each `theta`; those of parameters and times are added up."""
-        walk, thetas = self.walk, [theta for _, theta in inside]
-        ends = walk.times[begin], walk.times[end]
-        part, departures, times = walk.increment(*ends, n, thetas)
-        cts = [ct, *(self.ct[row] for row, _ in inside)]
-        pairs = zip([part.value, *departures], cts, strict=True)
-        pairs = [(x, c.to(x.dtype)) for x, c in pairs if x.requires_grad]
-        leaves: list[Any] = [part.y, *(times if walk.time_gradient else [])]
-        found: Any = [None] * (len(leaves) + len(self.inputs))
+        times = self.walk.times[begin], self.walk.times[end]
+        _, outputs, leaves = self.walk.increment(*times, n, inside)
+        cts = zip(outputs, [ct, *(self.ct[row] for row, _ in inside)], strict=True)
+        pairs = [(x, c.to(x.dtype)) for x, c in cts if x.requires_grad]
+        inputs = [*leaves, *self.inputs]
+        found: Any = [torch.zeros_like(x) for x in inputs]
         if pairs:
             # What the field reads may have a graph of its own, which is needed again.
-            outputs, cts = zip(*pairs, strict=True)
-            inputs = [*leaves, *self.inputs]
-            found = torch.autograd.grad(outputs, inputs, cts, True, allow_unused=True)
+            xs, cts = zip(*pairs, strict=True)
+            found = torch.autograd.grad(xs, inputs, cts, True, materialize_grads=True)
         for total, more in zip(self.sums, found[len(leaves) :], strict=True):
-            if more is not None:
-                total += more
-        slopes = [0.0 if x is None else float(x) for x in found[1 : len(leaves)]]
-        if slopes:
-            self.ends[begin] += slopes[0]
-            self.ends[end] += slopes[1]
-        y_ct = torch.zeros_like(ct) if found[0] is None else found[0].to(ct.dtype)
-        return part.value.detach(), y_ct, slopes[2:]
+            total += more
+        slopes = found[1].tolist() if self.walk.time_gradient else [0.0, 0.0]
+        self.ends[begin] += slopes[0]
+        self.ends[end] += slopes[1]
+        return outputs[0].detach(), found[0].to(ct.dtype), slopes[2:]
 
     def of_times(self, t: Tensor) -> Tensor:
         """By the grid of steps, as a function of the times asked for."""
@@ -394,6 +387,5 @@ class WayBack:
         grid = grid_of_ends(self.walk.times) if isinstance(steps, Controller) else steps
         with torch.enable_grad():
             ends = grid(leaf)
-        as_tensor = lambda x: torch.tensor(x, dtype=torch.float64, device=t.device)
-        (found,) = torch.autograd.grad(ends, leaf, as_tensor(self.ends))
-        return (found + as_tensor(self.asked)).to(t.dtype)
+        (found,) = torch.autograd.grad(ends, leaf, leaf.new_tensor(self.ends))
+        return (found + leaf.new_tensor(self.asked)).to(t.dtype)

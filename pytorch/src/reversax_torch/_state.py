@@ -24,7 +24,6 @@ class Structure:
                     f"complex, by `torch.view_as_real`: it is of {x.dtype}."
                 )
         self.shapes = None if isinstance(y0, Tensor) else [x.shape for x in parts]
-        self.device = parts[0].device.type
 
     def pack(self, y: Any) -> Tensor:
         return y if self.shapes is None else torch.cat([x.reshape(-1) for x in y])
@@ -68,18 +67,18 @@ class Structure:
         return torch.stack([x.pow(2).mean().sqrt() for x in parts]).amax()
 
 
-def module_of(func: Any) -> nn.Module | None:
-    """The module that a field is, or a method of."""
+def module_of(func: Any) -> nn.Module:
+    """The module that a field is, or a method of; else one that has nothing."""
     if isinstance(func, functools.partial):
         return module_of(func.func)
     owner = getattr(func, "__self__", func)
-    return owner if isinstance(owner, nn.Module) else None
+    return owner if isinstance(owner, nn.Module) else nn.Module()
 
 
-def parameters_of(module: nn.Module | None) -> Iterable[Tensor]:
+def parameters_of(module: nn.Module) -> Iterable[Tensor]:
     """As torchdiffeq finds them: in a replica tensors that its modules hold."""
-    if module is None or not getattr(module, "_is_replica", False):
-        return () if module is None else module.parameters()
+    if not getattr(module, "_is_replica", False):
+        return module.parameters()
     held = [x for part in module.modules() for x in vars(part).values()]
     return [x for x in held if isinstance(x, Tensor)]
 
@@ -91,13 +90,12 @@ class Held(nn.ModuleDict):
         return call(*arguments)
 
 
-def check_that_all_are_known(known: list, value: Tensor) -> None:
+def check_that_all_are_known(known: list[Tensor], value: Tensor) -> None:
     """Raises if it depends on a tensor that has gradients and is not known."""
     ids = {id(x) for x in known}
-    seen = {None, *(x.grad_fn for x in known if isinstance(x, Tensor))}
-    to_see = [value.grad_fn]
-    while to_see:
-        node: Any = to_see.pop()
+    seen = {None, *(x.grad_fn for x in known)}
+    to_see: list[Any] = [value.grad_fn]
+    for node in to_see:
         leaf = getattr(node, "variable", None)
         if leaf is not None and id(leaf) not in ids:
             raise ValueError(

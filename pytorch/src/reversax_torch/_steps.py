@@ -21,14 +21,12 @@ from torch import Tensor
 
 Grid = Callable[[Tensor], Tensor]
 """The ends of steps as a function of the times asked for."""
+at_times: Grid = lambda t: t
 
 
-Halvings = Callable[[list[int], float, float], int]
-"""Those of a step, of those made and what of the time passed before it and after."""
-
-
-def halvings_of(value: Any, total: int) -> Halvings:
-    """So many at each step, or `total` spread over the time."""
+def halvings_of(value: Any, total: int) -> Callable[[list[int], float, float], int]:
+    """Those of a step, of those made and what of the time passed before it and after:
+    so many at each step, or `total` spread over the time."""
 
     def over_time(made: list[int], before: float, after: float) -> int:
         # Round-off is not to move a whole number.
@@ -45,11 +43,6 @@ def halvings_of(value: Any, total: int) -> Halvings:
         )
     until = lambda step: math.floor(step * each)
     return lambda made, *_: until(len(made) + 1) - until(len(made))
-
-
-def at_times(t: Tensor) -> Tensor:
-    """A grid: steps end at the times asked for, and nowhere else."""
-    return t
 
 
 def grid_of(size: float | None, count: int | None) -> Grid:

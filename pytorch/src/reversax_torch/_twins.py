@@ -64,7 +64,7 @@ class Wide:
         return Wide(self.high - other.high, self.low - other.low)
 
     def __rshift__(self, by: int) -> "Wide":
-        moved = (self.high & ((1 << by) - 1)) << (_BITS - by)
+        moved = (self.high << (_BITS - by)) & _MASK
         return Wide(self.high >> by, (self.low >> by) | moved)
 
     def __lshift__(self, by: int) -> "Wide":
@@ -87,10 +87,9 @@ class Symmetric:
 
     def __init__(self, dtype: torch.dtype, largest: Any):
         self.wide = dtype == torch.float64
-        if largest is None:
-            largest = 2.0**46 if self.wide else 2.0**20
         # All scale factors must be normal numbers of the dtype that computes.
-        limit = 890 if self.wide else 60
+        usual, limit = (46, 890) if self.wide else (20, 60)
+        largest = 2.0**usual if largest is None else largest
         if not 2.0**-limit <= float(largest) <= 2.0**limit:
             raise ValueError(
                 f"Pass a number from 2**-{limit} to 2**{limit} as the option "
