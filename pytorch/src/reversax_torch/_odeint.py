@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ._base import BASES, Base
-from ._solve import Solve, Walk
-from ._state import Structure, module_of, parameters_of
-from ._steps import Controller, Grid, at_times, grid_of, halvings_of
+from ._solve import Walk
+from ._state import State, module_of, norm, parameters_of
+from ._steps import Controller, Grid, at_times, even, halvings_of
 from ._twins import McCallumFoster, Symmetric
 
 _ADAPTIVE = {x.name for x in dataclasses.fields(Controller)} - {"rtol", "atol"}
@@ -69,35 +69,32 @@ def odeint(
     """
     options = {k: v for k, v in (options or {}).items() if v is not None}
     base = _checked(func, t, method, options, event_fn)
-    structure = Structure(y0)
-    y0 = structure.pack(y0)
-    steps = _steps(structure, func, y0, base, rtol, atol, options)
-    params, walk = _walk(structure, func, y0, base, steps, options, adjoint_params)
-    walk.look_at(t, y0, *params)
-    ys = Solve.apply(walk, t, y0, *params) if len(t) > 1 else y0[None]
-    return structure.unpack(ys, len(t))
+    state = State(func, y0)
+    params, walk = _walk(state, base, rtol, atol, options, adjoint_params)
+    ys = walk.solve(t, state.y0, *params) if len(t) > 1 else state.y0[None]
+    return state.unpack(ys, len(t))
 
 
 def _walk(
-    structure: Structure, func: Callable, y0, base, steps, options, given
+    state: State, base: Base, rtol, atol, options: dict, given: Iterable[Tensor] | None
 ) -> tuple[list[Tensor], Walk]:
     """The parameters, and the solve."""
-    module, device = module_of(func), y0.device.type
+    module, device = module_of(state.func), state.y0.device.type
     params = parameters_of(module) if given is None else given
     params = [p for p in params if p.is_floating_point() or p.is_complex()]
     names = {id(p): name for name, p in module.named_parameters()}
-    halvings = options.get("halvings_per_step", "auto")
+    steps = _steps(state, base, rtol, atol, options)
     total = 320 if isinstance(steps, Controller) else 256
-    autocasts = torch.is_autocast_enabled(device)
+    dtype, casts = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
     return params, Walk(
-        field=structure.field(func, y0),
+        field=state.field,
         base=base,
-        twins=_twins(y0.dtype, options),
+        twins=_twins(state.y0.dtype, options),
         steps=steps,
-        halvings_of=halvings_of(halvings, total),
+        halvings_of=halvings_of(options.get("halvings_per_step", "auto"), total),
         module=module,
         names=[names.get(id(p)) for p in params],
-        autocast=(device, torch.get_autocast_dtype(device), autocasts),
+        autocast=torch.autocast(device, dtype, casts),
         checks=torch.is_grad_enabled() and given is None,
     )
 
@@ -144,21 +141,18 @@ def _twins(dtype: torch.dtype, options: dict) -> Symmetric | McCallumFoster:
     return twins
 
 
-def _steps(
-    structure: Structure, func: Callable, y0: Tensor, base: Base, rtol, atol, options
-) -> Grid | Controller:
+def _steps(state: State, base: Base, rtol, atol, options: dict) -> Grid | Controller:
     if constructor := options.get("grid_constructor"):
-        return lambda t: constructor(func, y0, t).double()
+        return lambda t: constructor(state.func, state.y0, t).double()
     if "step_size" in options or "num_steps" in options:
-        return grid_of(options.get("step_size"), options.get("num_steps"))
+        return lambda t: even(t, options.get("step_size"), options.get("num_steps"))
     if not base.error:
         return at_times
     given = {k: v for k, v in options.items() if k in _ADAPTIVE}
-    norm = given.pop("norm", None)
-    norm_of = structure.norm if norm is None else lambda x: norm(structure.unpack(x))
+    norm_of = given.pop("norm", norm)
     given["step_t"] = torch.as_tensor(given.get("step_t", ())).tolist()
-    rtol, atol = (structure.tolerance(x, y0) for x in (rtol, atol))
-    return Controller(rtol, atol, norm_of, **given)
+    rtol, atol = (state.tolerance(x) for x in (rtol, atol))
+    return Controller(rtol, atol, lambda x: norm_of(state.unpack(x)), **given)
 
 
 def odeint_adjoint(func: Callable, y0: Any, t: Tensor, **keywords: Any) -> Any:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ._base import Base, Field, Increment
 from ._state import Held, check_that_all_are_known
-from ._steps import Controller, Grid, at_times, grid_of_ends
+from ._steps import Controller, Grid, at_times
 from ._twins import McCallumFoster, Symmetric, largest, push
 
 _BATCHED = (
@@ -58,7 +58,7 @@ class Walk:
     module: nn.Module
     names: list[str | None]
     """Those that the module has for the parameters."""
-    autocast: tuple[str, torch.dtype, bool]
+    autocast: torch.autocast
     checks: bool
     """Whether the first increment is looked at for tensors that are not known."""
     time_gradient: bool = False
@@ -67,11 +67,12 @@ class Walk:
     batched: "Walk | None" = None
     """The same for a batch, if it was solved under `torch.vmap`."""
 
-    def look_at(self, t: Tensor, *others: Tensor) -> None:
+    def solve(self, *inputs: Tensor) -> Tensor:
         """Under `torch.func` what has a gradient shows at one of several levels."""
         if torch.is_grad_enabled():
-            self.time_gradient |= t.requires_grad
-            self.records |= any(x.requires_grad for x in (t, *others))
+            self.time_gradient |= inputs[0].requires_grad
+            self.records |= any(x.requires_grad for x in inputs)
+        return Solve.apply(self, *inputs)
 
     def run(self, call: Callable, params: Sequence[Tensor], *arguments: Any) -> Any:
         """Calls it as in the forward pass. The module has substitutes of parameters
@@ -83,7 +84,7 @@ class Walk:
             if name and (now.get(name) is not p or p._backward_hooks):
                 self.params[i] = p.detach().requires_grad_(self.records)
                 given[f"module.{name}"] = self.params[i]
-        with torch.autocast(*self.autocast):
+        with self.autocast:
             if not given:
                 return call(*arguments)
             held = Held({"module": self.module})
@@ -242,8 +243,7 @@ class Solve(torch.autograd.Function):
             raise NotImplementedError(_BATCHED)
         field = torch.vmap(walk.field, in_dims=(None, 0))
         walk.batched = replace(walk, field=field, checks=False)
-        walk.batched.look_at(t, y0, *params)
-        return Solve.apply(walk.batched, t, y0.movedim(dims[2], 0), *params), 1
+        return walk.batched.solve(t, y0.movedim(dims[2], 0), *params), 1
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:
@@ -309,7 +309,8 @@ def back(walk: Walk, wanted: tuple, ct: Tensor, t: Tensor, y0: Tensor) -> tuple:
 
 
 class WayBack:
-    """A solve on its way back."""
+    """A solve on its way back: cotangents of the twins `y` and `z`, `sums` of those of
+    parameters that are wanted, of the `ends` of steps and of times `asked` for."""
 
     def __init__(self, walk: Walk, ct: Tensor, wanted: Any):
         # What was recorded stays, for who goes back once more.
@@ -323,12 +324,9 @@ class WayBack:
             )
         wide = lambda x: torch.promote_types(x.dtype, torch.float32)
         self.sums = [torch.zeros_like(p, dtype=wide(p)) for p in self.inputs]
-        """Cotangents of the parameters that are wanted."""
         self.ct = ct.to(wide(ct))
         self.y = self.z = torch.zeros_like(self.ct[0])
-        """Cotangents of the twins."""
         self.ends, self.asked = [0.0] * len(walk.times), [0.0] * len(ct)
-        """Cotangents of the ends of steps, and of the times asked for."""
         for step in reversed(range(len(walk.halvings))):
             self.undo(step)
 
@@ -384,8 +382,10 @@ class WayBack:
         if not self.walk.time_gradient:
             return torch.zeros_like(t)
         steps, leaf = self.walk.steps, t.detach().double().requires_grad_()
-        grid = grid_of_ends(self.walk.times) if isinstance(steps, Controller) else steps
         with torch.enable_grad():
-            ends = grid(leaf)
+            # Steps that were chosen keep their lengths, but the last.
+            made = leaf.new_tensor(self.walk.times[:-1]) - self.walk.times[0]
+            ends = torch.cat([leaf[0] + made, leaf[-1:]])
+            ends = ends if isinstance(steps, Controller) else steps(leaf)
         (found,) = torch.autograd.grad(ends, leaf, leaf.new_tensor(self.ends))
         return (found + leaf.new_tensor(self.asked)).to(t.dtype)

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._base import Field, Time
+from ._base import Time
 
 
-class Structure:
-    """Of a state: a tensor, or a tuple of such, which are laid end to end."""
+class State:
+    """One as users have it, a tensor or a tuple of such, laid end to end as `y0`, and
+    its field."""
 
-    def __init__(self, y0: Any):
+    def __init__(self, func: Callable, y0: Any):
         parts = (y0,) if isinstance(y0, Tensor) else y0
         if not (isinstance(parts, tuple) and all(isinstance(x, Tensor) for x in parts)):
             raise TypeError("Pass `y0` as a tensor, or as a tuple of tensors.")
@@ -24,6 +25,7 @@ class Structure:
                     f"complex, by `torch.view_as_real`: it is of {x.dtype}."
                 )
         self.shapes = None if isinstance(y0, Tensor) else [x.shape for x in parts]
+        self.func, self.y0 = func, self.pack(y0)
 
     def pack(self, y: Any) -> Tensor:
         return y if self.shapes is None else torch.cat([x.reshape(-1) for x in y])
@@ -35,36 +37,32 @@ class Structure:
         shaped = zip(parts, self.shapes, strict=True)
         return tuple(part.reshape(*leading, *shape) for part, shape in shaped)
 
-    def field(self, func: Callable, like: Tensor) -> Field:
-        """Of a packed state."""
+    def field(self, t: Time, x: Tensor) -> Tensor:
+        if not isinstance(t, Tensor):
+            t = torch.full((), t, dtype=x.dtype, device=x.device)
+        k = self.pack(self.func(t.to(x.device, x.dtype), self.unpack(x)))
+        if k.shape != x.shape:
+            raise ValueError(
+                "Have the field return what has the shape of the state: it returned "
+                f"{tuple(k.shape)} for {tuple(x.shape)}."
+            )
+        return k.to(x.dtype)
 
-        def field(t: Time, x: Tensor) -> Tensor:
-            if not isinstance(t, Tensor):
-                t = torch.full((), t, dtype=like.dtype, device=like.device)
-            k = self.pack(func(t.to(like), self.unpack(x)))
-            if k.shape != x.shape:
-                raise ValueError(
-                    "Have the field return what has the shape of the state: it "
-                    f"returned {tuple(k.shape)} for {tuple(x.shape)}."
-                )
-            return k.to(like.dtype)
-
-        return field
-
-    def tolerance(self, value: Any, like: Tensor) -> Any:
-        """A number, or one for each element of the packed state."""
+    def tolerance(self, value: Any) -> Any:
+        """A number, or one for each element of `y0`."""
         if isinstance(value, Tensor) and value.requires_grad:
             raise ValueError("Detach `rtol` and `atol`: they have no gradient.")
         if self.shapes is None or not isinstance(value, tuple | list):
             return value
         each = zip(value, self.shapes, strict=True)
         each = [torch.as_tensor(x).expand(shape.numel()) for x, shape in each]
-        return torch.cat(each).to(like)
+        return torch.cat(each).to(self.y0)
 
-    def norm(self, x: Tensor) -> Any:
-        """The root mean square; of a tuple the largest of those of its tensors."""
-        parts = (x,) if self.shapes is None else self.unpack(x)
-        return torch.stack([x.pow(2).mean().sqrt() for x in parts]).amax()
+
+def norm(y: Any) -> Tensor:
+    """The root mean square; of a tuple the largest of those of its tensors."""
+    parts = (y,) if isinstance(y, Tensor) else y
+    return torch.stack([x.pow(2).mean().sqrt() for x in parts]).amax()
 
 
 def module_of(func: Any) -> nn.Module:

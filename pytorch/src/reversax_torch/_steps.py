@@ -45,23 +45,13 @@ def halvings_of(value: Any, total: int) -> Callable[[list[int], float, float], i
     return lambda made, *_: until(len(made) + 1) - until(len(made))
 
 
-def grid_of(size: float | None, count: int | None) -> Grid:
+def even(t: Tensor, size: float | None, count: int | None) -> Tensor:
     """Steps of one size, of which the last may be shorter, or so many of one size."""
-
-    def grid(t: Tensor) -> Tensor:
-        length = t[-1] - t[0]
-        # A step that is left over by round-off alone is none.
-        n = count or math.ceil(abs(length.item()) / (size or 1.0) * (1 - 1e-12))
-        h = length / n if size is None else length.sign() * size
-        return torch.cat([t[0] + torch.arange(n, device=t.device) * h, t[-1:]])
-
-    return grid
-
-
-def grid_of_ends(times: list[float]) -> Grid:
-    """Steps that were chosen, which keep their lengths, but the last."""
-    inner = torch.tensor(times[:-1], dtype=torch.float64) - times[0]
-    return lambda t: torch.cat([t[0] + inner.to(t.device), t[-1:]])
+    length = t[-1] - t[0]
+    # A step that is left over by round-off alone is none.
+    n = count or math.ceil(abs(length.item()) / (size or 1.0) * (1 - 1e-12))
+    h = length / n if size is None else length.sign() * size
+    return torch.cat([t[0] + torch.arange(n, device=t.device) * h, t[-1:]])
 
 
 @dataclass(frozen=True)
