@@ -1,15 +1,15 @@
-"""What users call."""
+"""What users call, and states as they have them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ._base import BASES, Base
+from ._base import BASES, Base, Time
 from ._solve import Walk
-from ._state import State, module_of, norm, parameters_of
 from ._steps import Controller, Grid, at_times, even, halvings_of
 from ._twins import McCallumFoster, Symmetric
 
@@ -50,14 +50,14 @@ def odeint(
     - `method`: the base, of which a step takes two: "euler", "midpoint", "heun2",
         "heun3", "rk4" in fixed steps, "bosh3", "dopri5", "tsit5", "dopri8" in steps
         that adapt, unless one of the first three options is there.
-    - `options`: "step_size", "num_steps" or "grid_constructor" for fixed steps, which
-        else end at `t`; "first_step", "min_step", "max_step", "safety", "ifactor",
-        "dfactor", "max_num_steps", "step_t", "norm" for others. "halvings_per_step" of
-        the gap between the twins, 1/m or up to 4, more for more damping, or "auto";
-        "largest", that the state reaches, by default 2**20, in double precision 2**46;
-        "round_trip_tolerance", part of the largest state by which the way back may miss
-        the initial one, by default not by a bit; "coupling", "mccallum-foster" for the
-        published scheme, with "coupling_parameter", by default 0.999.
+    - `options`: "step_size", "num_steps" or "grid_constructor" for fixed steps, else
+        ending at `t`; torchdiffeq's "first_step", "min_step", "max_step", "safety",
+        "ifactor", "dfactor", "max_num_steps", "step_t", "norm" for others;
+        "halvings_per_step" of the gap between the twins, 1/m or up to 4, more for more
+        damping, or "auto"; "largest" size of the state, by default 2**20, in double
+        precision 2**46; "round_trip_tolerance", the part of it by which the way back
+        may miss the initial state, by default none; "coupling", "mccallum-foster" for
+        the published scheme, with "coupling_parameter", by default 0.999.
     - `event_fn`: none is taken.
     - `adjoint_params`: what has gradients; by default the parameters of a module.
 
@@ -69,34 +69,25 @@ def odeint(
     """
     options = {k: v for k, v in (options or {}).items() if v is not None}
     base = _checked(func, t, method, options, event_fn)
-    state = State(func, y0)
-    params, walk = _walk(state, base, rtol, atol, options, adjoint_params)
+    state = _State(func, y0)
+    module, params, names = _parameters(func, adjoint_params)
+    steps = _steps(state, base, rtol, atol, options)
+    total = 320 if isinstance(steps, Controller) else 256
+    halvings = halvings_of(options.get("halvings_per_step", "auto"), total)
+    twins = _twins(state.y0.dtype, options)
+    checks = torch.is_grad_enabled() and adjoint_params is None
+    walk = Walk(state.field, base, twins, steps, halvings, module, names, checks)
     ys = walk.solve(t, state.y0, *params) if len(t) > 1 else state.y0[None]
     return state.unpack(ys, len(t))
 
 
-def _walk(
-    state: State, base: Base, rtol, atol, options: dict, given: Iterable[Tensor] | None
-) -> tuple[list[Tensor], Walk]:
-    """The parameters, and the solve."""
-    module, device = module_of(state.func), state.y0.device.type
-    params = parameters_of(module) if given is None else given
-    params = [p for p in params if p.is_floating_point() or p.is_complex()]
-    names = {id(p): name for name, p in module.named_parameters()}
-    steps = _steps(state, base, rtol, atol, options)
-    total = 320 if isinstance(steps, Controller) else 256
-    dtype, casts = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-    return params, Walk(
-        field=state.field,
-        base=base,
-        twins=_twins(state.y0.dtype, options),
-        steps=steps,
-        halvings_of=halvings_of(options.get("halvings_per_step", "auto"), total),
-        module=module,
-        names=[names.get(id(p)) for p in params],
-        autocast=torch.autocast(device, dtype, casts),
-        checks=torch.is_grad_enabled() and given is None,
-    )
+def odeint_adjoint(func: Callable, y0: Any, t: Tensor, **keywords: Any) -> Any:
+    """[`odeint`][reversax_torch.odeint] for programs that call
+    `torchdiffeq.odeint_adjoint`: "adjoint_rtol", "adjoint_atol", "adjoint_method" and
+    "adjoint_options" make no difference, since the backward pass has no error."""
+    for name in ("rtol", "atol", "method", "options"):
+        keywords.pop(f"adjoint_{name}", None)
+    return odeint(func, y0, t, **keywords)
 
 
 def _checked(func: Any, t: Any, method: Any, options: dict, event_fn: Any) -> Base:
@@ -130,6 +121,79 @@ def _checked(func: Any, t: Any, method: Any, options: dict, event_fn: Any) -> Ba
     return base
 
 
+class _State:
+    """One as users have it, a tensor or a tuple of such, laid end to end as `y0`, and
+    its field."""
+
+    def __init__(self, func: Callable, y0: Any):
+        parts = (y0,) if isinstance(y0, Tensor) else y0
+        if not (isinstance(parts, tuple) and all(isinstance(x, Tensor) for x in parts)):
+            raise TypeError("Pass `y0` as a tensor, or as a tuple of tensors.")
+        for x in parts:
+            if not x.is_floating_point():
+                raise TypeError(
+                    "Convert the state to real floating-point numbers, or, if it is "
+                    f"complex, by `torch.view_as_real`: it is of {x.dtype}."
+                )
+        self.shapes = None if isinstance(y0, Tensor) else [x.shape for x in parts]
+        self.func, self.y0 = func, self.pack(y0)
+
+    def pack(self, y: Any) -> Tensor:
+        return y if self.shapes is None else torch.cat([x.reshape(-1) for x in y])
+
+    def unpack(self, x: Tensor, *leading: int) -> Any:
+        if self.shapes is None:
+            return x
+        parts = x.split([shape.numel() for shape in self.shapes], dim=-1)
+        shaped = zip(parts, self.shapes, strict=True)
+        return tuple(part.reshape(*leading, *shape) for part, shape in shaped)
+
+    def field(self, t: Time, x: Tensor) -> Tensor:
+        if not isinstance(t, Tensor):
+            t = torch.full((), t, dtype=x.dtype, device=x.device)
+        k = self.pack(self.func(t.to(x.device, x.dtype), self.unpack(x)))
+        if k.shape != x.shape:
+            raise ValueError(
+                "Have the field return what has the shape of the state: it returned "
+                f"{tuple(k.shape)} for {tuple(x.shape)}."
+            )
+        return k.to(x.dtype)
+
+    def tolerance(self, value: Any) -> Any:
+        """A number, or one for each element of `y0`."""
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError("Detach `rtol` and `atol`: they have no gradient.")
+        if self.shapes is None or not isinstance(value, tuple | list):
+            return value
+        each = zip(value, self.shapes, strict=True)
+        each = [torch.as_tensor(x).expand(shape.numel()) for x, shape in each]
+        return torch.cat(each).to(self.y0)
+
+
+def _norm(y: Any) -> Tensor:
+    """The root mean square; of a tuple the largest of those of its tensors."""
+    parts = (y,) if isinstance(y, Tensor) else y
+    return torch.stack([x.pow(2).mean().sqrt() for x in parts]).amax()
+
+
+def _parameters(func: Any, given: Iterable[Tensor] | None) -> tuple:
+    """The module that a field is, or a method of, else an empty one; the parameters,
+    by default as torchdiffeq finds them, in a replica tensors that its modules hold;
+    and the names that the module has for them."""
+    while isinstance(func, functools.partial):
+        func = func.func
+    owner = getattr(func, "__self__", func)
+    module = owner if isinstance(owner, nn.Module) else nn.Module()
+    if given is None:
+        given = module.parameters()
+        if getattr(module, "_is_replica", False):
+            held = [x for part in module.modules() for x in vars(part).values()]
+            given = [x for x in held if isinstance(x, Tensor)]
+    params = [p for p in given if p.is_floating_point() or p.is_complex()]
+    names = {id(p): name for name, p in module.named_parameters()}
+    return module, params, [names.get(id(p)) for p in params]
+
+
 def _twins(dtype: torch.dtype, options: dict) -> Symmetric | McCallumFoster:
     coupling = options.get("coupling", "symmetric")
     if coupling not in ("symmetric", "mccallum-foster"):
@@ -141,7 +205,7 @@ def _twins(dtype: torch.dtype, options: dict) -> Symmetric | McCallumFoster:
     return twins
 
 
-def _steps(state: State, base: Base, rtol, atol, options: dict) -> Grid | Controller:
+def _steps(state: _State, base: Base, rtol, atol, options: dict) -> Grid | Controller:
     if constructor := options.get("grid_constructor"):
         return lambda t: constructor(state.func, state.y0, t).double()
     if "step_size" in options or "num_steps" in options:
@@ -149,16 +213,7 @@ def _steps(state: State, base: Base, rtol, atol, options: dict) -> Grid | Contro
     if not base.error:
         return at_times
     given = {k: v for k, v in options.items() if k in _ADAPTIVE}
-    norm_of = given.pop("norm", norm)
+    norm_of = given.pop("norm", _norm)
     given["step_t"] = torch.as_tensor(given.get("step_t", ())).tolist()
     rtol, atol = (state.tolerance(x) for x in (rtol, atol))
     return Controller(rtol, atol, lambda x: norm_of(state.unpack(x)), **given)
-
-
-def odeint_adjoint(func: Callable, y0: Any, t: Tensor, **keywords: Any) -> Any:
-    """[`odeint`][reversax_torch.odeint] for programs that call
-    `torchdiffeq.odeint_adjoint`: "adjoint_rtol", "adjoint_atol", "adjoint_method" and
-    "adjoint_options" make no difference, since the backward pass has no error."""
-    for name in ("rtol", "atol", "method", "options"):
-        keywords.pop(f"adjoint_{name}", None)
-    return odeint(func, y0, t, **keywords)

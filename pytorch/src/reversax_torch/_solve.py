@@ -7,19 +7,18 @@ between the twins, and of the `b` halvings of the step,
     (E)    e = Psi_{h}(t0, z) + Psi_{-h}(t1, y1)
     (U)    |u| + 5/2 * sqrt(|u|*|e|) + 2**-b * |e|.
 
-With `g` the largest `|y - z|` and `s` the largest size of the solution so far, a pair
-is sound, not driven apart by damping, as long as
+A pair is sound, not driven apart by damping, as long as the largest `|y - z|`, over the
+largest size `s` of the solution so far, is
 
-    (W)    r = g/s  <=  1,   or  r <= 10  and the last one was <= 1.
+    (W)    r <= 1,   or  r <= 10  and the last one was <= 1.
 
 The certificate of the way back is that it arrives where the way forward began: in fixed
-point to the bit; in floating point with what the twins are off, relative to `s`, not
-above the square root of the machine epsilon. Nor may the field have changed its
-buffers: what it did on the way back, it did on the way forward too.
+point to the bit, in floating point to the square root of the machine epsilon times `s`.
+Nor may the field have changed its buffers: it did so on the way forward too then.
 """
 
-import bisect
 import math
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,15 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._base import Base, Field, Increment
-from ._state import Held, check_that_all_are_known
+from ._base import Base, Field, combined, increment
 from ._steps import Controller, Grid, at_times
 from ._twins import McCallumFoster, Symmetric, largest, push
 
-_BATCHED = (
-    "Give the batch a dimension of the state, or loop: under `torch.vmap` only `y0` "
-    "may be batched, and only it may have gradients for each element."
-)
 _CAUSES = (
     "Call `func.eval()`, and have the field return the same for the same `(t, y)`: "
     "dropout in training mode, BatchNorm in training mode and a counter of calls that "
@@ -56,23 +50,21 @@ class Walk:
     steps: Grid | Controller
     halvings_of: Callable[[list[int], float, float], int]
     module: nn.Module
-    names: list[str | None]
-    """Those that the module has for the parameters."""
-    autocast: torch.autocast
-    checks: bool
-    """Whether the first increment is looked at for tensors that are not known."""
+    names: list[str | None]  # Those that the module has for the parameters.
+    checks: bool  # Whether the first increment is looked at for unknown tensors.
     time_gradient: bool = False
-    records: bool = False
-    """Whether there will be a way back."""
-    batched: "Walk | None" = None
-    """The same for a batch, if it was solved under `torch.vmap`."""
+    records: bool = False  # Whether there will be a way back.
+    batched: "Walk | None" = None  # The same for a batch, if under `torch.vmap`.
 
     def solve(self, *inputs: Tensor) -> Tensor:
         """Under `torch.func` what has a gradient shows at one of several levels."""
         if torch.is_grad_enabled():
             self.time_gradient |= inputs[0].requires_grad
             self.records |= any(x.requires_grad for x in inputs)
-        return Solve.apply(self, *inputs)
+        device = inputs[1].device.type
+        casts = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        self.autocast = torch.autocast(device, *casts)
+        return Solve.apply(self, None, (), *inputs)
 
     def run(self, call: Callable, params: Sequence[Tensor], *arguments: Any) -> Any:
         """Calls it as in the forward pass. The module has substitutes of parameters
@@ -87,99 +79,92 @@ class Walk:
         with self.autocast:
             if not given:
                 return call(*arguments)
-            held = Held({"module": self.module})
-            return torch.func.functional_call(held, given, (call, *arguments))
+            caller = nn.Module()
+            caller.module, caller.forward = self.module, call
+            return torch.func.functional_call(caller, given, arguments)
 
     def increment(self, t0: float, t1: float, n: Any, inside: Sequence = ()) -> tuple:
-        """That from the twin `n`; its value, and what it departs by `inside` the step;
-        the tensors that these are functions of, its state and times. Its graph is
-        recorded in both passes: without it some kernels are others."""
+        """That from the twin `n`, what it departs by `inside` the step; leaves of the
+        graph, `h`, what the field returned. The graph is recorded in both passes:
+        without it some kernels are others."""
         y = self.twins.decode(n).to(self.dtype).detach().requires_grad_(self.records)
         leaves, times = [y], [t0, t1, *(theta for _, theta in inside)]
         with torch.set_grad_enabled(self.records or self.checks):
             if self.time_gradient:
                 leaves += [torch.tensor(times, dtype=torch.float64).requires_grad_()]
                 times = leaves[1].unbind()
-            part = Increment(self.base, self.field, times[0], times[1] - times[0], y)
-            outputs = [part.value, *map(part.departure, times[2:])]
+            h = times[1] - times[0]
+            outputs, ks = increment(self.base, self.field, times[0], h, y, times[2:])
         if self.checks:
             self.checks = False
-            check_that_all_are_known([*leaves, *self.params], part.value)
-        return part, outputs, leaves
+            check_that_all_are_known([*leaves, *self.params], outputs[0])
+        return outputs, leaves, h, ks
 
     def forward(self, t: Tensor, y0: Tensor) -> Tensor:
-        """The solution at `t`."""
-        self.asked, self.dtype = t.tolist(), y0.dtype
-        self.ys, code = y0.new_empty((len(t), *y0.shape)), self.twins.encode(y0)
-        self.ys[0], self.pair, self.bits = y0, (code, code), []
+        self.asked, self.dtype, code = t.tolist(), y0.dtype, self.twins.encode(y0)
+        self.pair, self.bits = (code, code), []
         self.times, self.halvings = self.asked[:1], []
-        """The ends of steps, and the halvings of each."""
         self.peak, self.size, self.ratio = largest(y0), 0.0, 0.0
+        ys = y0.new_empty((len(t), *y0.shape))
+        ys[0] = y0
         if isinstance(self.steps, Controller):
-            self.adapt(self.steps, y0)
+            self.adapt(ys, self.steps)
         else:
-            self.follow(self.steps(t).tolist())
-        ys = self.ys
-        del self.ys  # So that what is kept dies with the graph of the solution.
+            self.follow(ys, self.steps(t).tolist())
         return ys
 
-    def step(self, t1: float, control: Controller | None = None) -> float:
+    def step(self, ys: Tensor, t1: float, control: Controller | None = None) -> float:
         """(C), (F1), (F2), of which nothing is kept where a controller finds the error
         too large. Returns that in units of what is allowed."""
         twins, t0, ratio = self.twins, self.times[-1], 0.0
         rows, inside = self.within(t0, t1)
-        begin, end = self.asked[0], self.asked[-1]
-        passed = lambda t: (t - begin) / (end - begin)
-        b = self.halvings_of(self.halvings, passed(t0), passed(t1))
+        share = lambda t: (t - self.asked[0]) / (self.asked[-1] - self.asked[0])
+        b = self.halvings_of(self.halvings, share(t0), share(t1))
         (y, z), shed = twins.mix(*self.pair, b)  # (C)
-        part, outputs, _ = self.increment(t0, t1, z, inside)
+        outputs, _, h, ks = self.increment(t0, t1, z, inside)
         up, *departures = (x.detach() for x in outputs)
-        u = part.error() if control else up
-        del part, outputs  # With their graph.
+        stages = len(self.base.b)
+        u = combined(None, h, self.base.error[:stages], ks) if control else up
+        del outputs, ks  # With their graph.
         y = y + twins.encode(up)  # (F1)
-        part = self.increment(t1, t0, y)[0]
-        down = part.value.detach()
+        outputs, (start, *_), _, ks = self.increment(t1, t0, y)
+        down = outputs[0].detach()
         z = z - twins.encode(down)  # (F2)
-        found = torch.stack([up, down, part.y.detach(), twins.decode(z).to(up)])
+        found = torch.stack([up, down, start.detach(), twins.decode(z).to(up)])
         peak = torch.maximum(self.peak, largest(found))  # NaN stays.
         if control:
-            for weight in self.base.error[len(self.base.b) :]:
+            for weight in self.base.error[stages:]:
                 # Of the field at the end, which the other half of the step begins with.
-                u.add_(part.ks[0].detach(), alpha=(t1 - t0) * weight)
+                u.add_(ks[0].detach(), alpha=(t1 - t0) * weight)
             u, e = u.abs(), (up + down).abs()  # (E)
             error = u + 2.5 * u.sqrt() * e.sqrt() + e * 2.0**-b  # (U)
             ends = twins.readout(*self.pair), twins.readout(y, z)
             ratio = control.ratio(error, *ends) if peak < twins.largest else math.inf
             if not (ratio <= 1 or abs(t1 - t0) <= control.min_step):
                 return ratio
-        before, self.pair = self.pair, (y, z)
-        self.peak = peak
+        before, self.pair, self.peak = self.pair, (y, z), peak
         self.times.append(t1)
         self.halvings.append(b)
         if shed is not None and self.records:
             push(self.bits, shed, b)
         for row in rows:
-            self.ys[row] = twins.readout(y, z)
+            ys[row] = twins.readout(y, z)
         for (row, theta), departure in zip(inside, departures, strict=True):
             line = torch.lerp(twins.readout(*before), twins.readout(y, z), theta)
-            self.ys[row] = line + departure  # (D)
+            ys[row] = line + departure  # (D)
         return ratio
 
     def within(self, t0: float, t1: float) -> tuple[Sequence, list[tuple[int, float]]]:
         """The rows of the times asked for that a step reaches: those that move with its
         end, and the others, each with its share of the step."""
-        sign = math.copysign(1.0, t1 - t0)
-        along = lambda t: sign * t
-        first, beyond = (
-            bisect.bisect(self.asked, along(t), key=along) for t in (t0, t1)
-        )
+        along = lambda t: math.copysign(1.0, t1 - t0) * t
+        first, beyond = (bisect(self.asked, along(t), key=along) for t in (t0, t1))
         last = first if self.steps is at_times else len(self.asked) - 1
         share = lambda row: (self.asked[row] - t0) / (t1 - t0)
         inside = [(row, share(row)) for row in range(first, min(last, beyond))]
         return range(last, beyond), inside
 
     def look(self) -> None:
-        """Raises if the twins are apart, or numbers out of range."""
         peak, limit, t1 = float(self.peak), self.twins.largest, self.times[-1]
         if not peak < limit:
             raise FloatingPointError(
@@ -197,93 +182,99 @@ class Walk:
                 f"holds, and drove the twins apart by t = {t1:g}."
             )
 
-    def follow(self, times: list[float]) -> None:
-        """Steps that are known beforehand."""
+    def follow(self, ys: Tensor, times: list[float]) -> None:
         if (times[0], times[-1]) != (self.asked[0], self.asked[-1]):
             raise ValueError("Begin the grid of steps at `t[0]` and end it at `t[-1]`.")
         n = len(times) - 1
         for i, t1 in enumerate(times[1:]):
-            self.step(t1)
+            self.step(ys, t1)
             if i < 16 or i == n - 1 or i % max(1, n // 64) == 0:
                 self.look()
 
-    def adapt(self, control: Controller, y0: Tensor) -> None:
-        """Steps that a controller chooses."""
+    def adapt(self, ys: Tensor, control: Controller) -> None:
         t0, end, order, tries = self.asked[0], self.asked[-1], self.base.order, 0
-        h = control.first(self.field, t0, y0, order, math.copysign(1.0, end - t0))
+        h = control.first(self.field, t0, ys[0], order, math.copysign(1.0, end - t0))
         while (t0 := self.times[-1]) != end:
             t1 = control.end(t0, h, end, tries)
-            ratio, tries = self.step(t1, control), tries + 1
+            ratio, tries = self.step(ys, t1, control), tries + 1
             h = control.next(abs(t1 - t0), ratio, order)
             if self.times[-1] == t1:
                 self.look()
 
 
+def check_that_all_are_known(known: list[Tensor], value: Tensor) -> None:
+    """Raises if it depends on a tensor that has gradients and is not known."""
+    ids, seen = {id(x) for x in known}, {None, *(x.grad_fn for x in known)}
+    to_see: list[Any] = [value.grad_fn]
+    for node in to_see:
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in ids:
+            raise ValueError(
+                "Pass `adjoint_params=(...)`, what the field reads that is to have a "
+                "gradient (`tuple(module.parameters())`; `()` if nothing is): it reads "
+                f"a tensor of shape {tuple(leaf.shape)} that is not known."
+            )
+        if node not in seen:
+            seen.add(node)
+            to_see.extend(parent for parent, _ in node.next_functions)
+
+
 class Solve(torch.autograd.Function):
-    """The solution at `t`, as one function for autograd."""
+    """The solution at `t`; where there are cotangents `ct` of it, those of `t`, of the
+    initial state, and of the parameters that are `wanted`."""
 
     @staticmethod
-    def forward(walk: Walk, t: Tensor, y0: Tensor, *params: Tensor) -> Tensor:
-        return walk.run(walk.forward, params, t.detach().double(), y0.detach())
+    def forward(walk: Walk, ct: Tensor | None, wanted: tuple, t, y0, *params) -> Any:
+        if ct is None:
+            return walk.run(walk.forward, params, t.detach().double(), y0.detach())
+        return walk.run(back, params, walk, wanted, ct, t, y0)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.walk, *tensors = inputs
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.walk, ct, _, *tensors = inputs
+        ctx.once = ct is None
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, ct: Tensor) -> tuple:
-        wanted = ctx.needs_input_grad[3:]
-        t, y0, *found = PullBack.apply(ctx.walk, wanted, ct, *ctx.saved_tensors)
-        return None, t, y0, *(found.pop(0) if x else None for x in wanted)
+    def backward(ctx: Any, *cts: Tensor) -> tuple:
+        if not ctx.once:
+            raise NotImplementedError(
+                "Differentiate once. For second derivatives use `torchdiffeq.odeint`, "
+                "or forward over reverse with the JAX package reversax."
+            )
+        wanted = ctx.needs_input_grad[5:]
+        t, y0, *found = Solve.apply(ctx.walk, cts[0], wanted, *ctx.saved_tensors)
+        return None, None, None, t, y0, *(found.pop(0) if x else None for x in wanted)
 
     @staticmethod
-    def vmap(info: Any, dims: tuple, walk: Walk, t, y0, *params) -> tuple:
-        if any(d is not None for d in (dims[1], *dims[3:])):
-            raise NotImplementedError(_BATCHED)
-        field = torch.vmap(walk.field, in_dims=(None, 0))
-        walk.batched = replace(walk, field=field, checks=False)
-        return walk.batched.solve(t, y0.movedim(dims[2], 0), *params), 1
+    def vmap(info: Any, dims: tuple, walk: Walk, ct, wanted, t, y0, *params) -> tuple:
+        _, of_ct, _, of_t, of_y0, *others = dims
+        if ct is not None and walk.batched is None:
+            # Of one solve, for several cotangents.
+            pull = lambda c: Solve.apply(walk, c, wanted, t, y0, *params)
+            each = [pull(c) for c in ct.unbind(of_ct)]
+            return tuple(map(torch.stack, zip(*each, strict=True))), (0,) * len(each[0])
+        singly = any(wanted) or (walk.time_gradient and ct is not None)
+        if singly or any(d is not None for d in (of_t, *others)):
+            raise NotImplementedError(
+                "Give the batch a dimension of the state, or loop: under `torch.vmap` "
+                "only `y0` may be batched, and only it may have gradients for each "
+                "element."
+            )
+        y0 = y0.movedim(of_y0, 0)
+        if ct is None:
+            field = torch.vmap(walk.field, in_dims=(None, 0))
+            walk.batched = replace(walk, field=field, checks=False)
+            return walk.batched.solve(t, y0, *params), 1
+        ct = ct.movedim(of_ct, 1) if of_ct is not None else ct[:, None]
+        ct = ct.expand(len(t), *y0.shape)
+        return Solve.apply(walk.batched, ct, wanted, t, y0, *params), (None, 0)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:
         raise NotImplementedError(
             "Use reverse mode (`backward`, `torch.func.grad`), or `torchdiffeq.odeint`."
         )
-
-
-class PullBack(torch.autograd.Function):
-    """The cotangents of `t`, the initial state and the parameters that are wanted."""
-
-    @staticmethod
-    def forward(walk: Walk, wanted: tuple, ct, t, y0, *params) -> tuple:
-        return walk.run(back, params, walk, wanted, ct, t, y0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None: ...
-
-    @staticmethod
-    def backward(ctx: Any, *cts: Tensor) -> None:
-        raise NotImplementedError(
-            "Differentiate once. For second derivatives use `torchdiffeq.odeint`, or "
-            "forward over reverse with the JAX package reversax."
-        )
-
-    @staticmethod
-    def vmap(info: Any, dims: tuple, walk: Walk, wanted, ct, t, y0, *params):
-        if walk.batched is None and dims[2] is not None:
-            # Of one solve, for several cotangents.
-            pull = lambda c: PullBack.apply(walk, wanted, c, t, y0, *params)
-            each = [pull(c) for c in ct.unbind(dims[2])]
-            return tuple(map(torch.stack, zip(*each, strict=True))), (0,) * len(each[0])
-        if any(wanted) or dims[3] is not None or walk.time_gradient:
-            raise NotImplementedError(_BATCHED)
-        y0 = y0.movedim(dims[4], 0)
-        ct = ct.movedim(dims[2], 1) if dims[2] is not None else ct[:, None]
-        ct = ct.expand(len(t), *y0.shape)
-        return PullBack.apply(walk.batched, wanted, ct, t, y0, *params), (None, 0)
-
-    jvp = Solve.jvp
 
 
 def back(walk: Walk, wanted: tuple, ct: Tensor, t: Tensor, y0: Tensor) -> tuple:
@@ -361,7 +352,7 @@ class WayBack:
         """The increment between two ends of steps from the twin `n`, and the cotangents
         of that and of each `theta`; those of parameters and times are added up."""
         times = self.walk.times[begin], self.walk.times[end]
-        _, outputs, leaves = self.walk.increment(*times, n, inside)
+        outputs, leaves, *_ = self.walk.increment(*times, n, inside)
         cts = zip(outputs, [ct, *(self.ct[row] for row, _ in inside)], strict=True)
         pairs = [(x, c.to(x.dtype)) for x, c in cts if x.requires_grad]
         inputs = [*leaves, *self.inputs]

@@ -1,9 +1,8 @@
 r"""Where steps end, and how often each halves the gap between the twins.
 
-A damped mode `y' = alpha*y` widens it by `exp(h*abs(alpha))` a step: a solve over a
-time `T` needs `abs(alpha)*T/ln(2)` halvings, however it is divided into steps. So they
-are spread over it, `n = 256` of them, or 320 for a controller. A step from `t` to `t'`
-makes
+A damped mode `y' = alpha*y` widens it by `exp(h*abs(alpha))` a step: a solve over `T`
+needs `abs(alpha)*T/ln(2)` halvings, however many steps it has. So `n` of them, 256 or,
+with a controller, 320, are spread over it. A step from `t` to `t'` makes
 
     (T)    min(4, floor(n*s') - floor(n*s)),   s = (t - t0)/(t1 - t0),
 

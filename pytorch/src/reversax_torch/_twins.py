@@ -6,16 +6,15 @@ With the increment `Psi` of the base a step and its inverse are
     (F1)   y1 = y + Psi_{h}(t0, z)              (B1)   y  = y1 - Psi_{h}(t0, z)
     (F2)   z1 = z - Psi_{-h}(t1, y1)            (BC)   (y0, z0) = unmix(y, z)
 
-The symmetric coupling halves the gap about the mean `b` times, McCallum & Foster's
-(arXiv 2410.11648, equation (4)) draws `y` towards `z`, with `0 < lam <= 1`:
+where the gap is halved `b` times about the mean or, after McCallum & Foster (arXiv
+2410.11648, equation (4)), `y` drawn towards `z`, with `0 < lam <= 1`:
 
     (S)    mix(y, z) = (y - c, z + c),  c = (1 - 2**-b)*(y - z)/2,   readout (y + z)/2
     (MF)   mix(y, z) = (lam*y + (1 - lam)*z, z),                     readout y
 
-A fixed-point number is an integer, a multiple of a fixed step: one word of 64 bits for
-single precision and half, for double two, `high * 2**62 + low`, `0 <= low < 2**62`.
-They do not wrap as long as they and what is added lie below `largest`. To halve the gap
-`b` times sheds `b` of its bits, those above the lowest:
+A fixed-point number is a multiple of a fixed step: one word of 64 bits for single
+precision and half, for double two, `high * 2**62 + low`, `0 <= low < 2**62`. None wrap
+as long as they and what is added lie below `largest`. Halving sheds `b` bits of a gap:
 
     (H1)   d = y - z,  g = d >> 1,  c = g - (g >> b),  shed g & (2**b - 1)
     (H2)   after it (y - z) >> 1 = g >> b, so  g = (((y - z) >> 1) << b) | shed.
@@ -142,6 +141,8 @@ class McCallumFoster:
     """(MF), in floating point, where undoing a step loses digits."""
 
     exact, weights, largest = False, (1.0, 0.0), math.inf
+    encode = decode = staticmethod(lambda x: x)
+    readout = staticmethod(lambda y, z: y)
 
     def __init__(self, dtype: torch.dtype, lam: float):
         self.lam, self.tolerance = float(lam), math.sqrt(torch.finfo(dtype).eps)
@@ -150,15 +151,7 @@ class McCallumFoster:
                 f"Pass a number in (0, 1] as coupling_parameter, not {lam}."
             )
 
-    def encode(self, x: Tensor) -> Tensor:
-        return x
-
-    decode = encode
-
-    def readout(self, y: Tensor, z: Tensor) -> Tensor:
-        return y
-
-    def mix(self, y: Tensor, z: Tensor, b: int) -> tuple[Pair, Tensor | None]:
+    def mix(self, y: Tensor, z: Tensor, b: int) -> tuple[Pair, None]:
         return (self.lam * y + (1 - self.lam) * z, z), None
 
     def unmix(self, y: Tensor, z: Tensor, b: int, bits: Bits) -> Pair:
