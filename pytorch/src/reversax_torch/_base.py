@@ -20,8 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-Time = float | Tensor
-"""A tensor where the derivative with respect to times is asked for."""
+Time = float | Tensor  # A tensor where there are gradients by times.
 Field = Callable[[Time, Tensor], Tensor]
 
 

@@ -54,10 +54,10 @@ def odeint(
         ending at `t`; torchdiffeq's "first_step", "min_step", "max_step", "safety",
         "ifactor", "dfactor", "max_num_steps", "step_t", "norm" for others;
         "halvings_per_step" of the gap between the twins, 1/m or up to 4, more for more
-        damping, or "auto"; "largest" size of the state, by default 2**20, in double
-        precision 2**46; "round_trip_tolerance", the part of it by which the way back
-        may miss the initial state, by default none; "coupling", "mccallum-foster" for
-        the published scheme, with "coupling_parameter", by default 0.999.
+        damping, or "auto"; "largest", that the state reaches, by default 2**20, in
+        double precision 2**46; "round_trip_tolerance", part of the largest state by
+        which the way back may miss the initial one, by default none; "coupling",
+        "mccallum-foster" as published, with "coupling_parameter", by default 0.999.
     - `event_fn`: none is taken.
     - `adjoint_params`: what has gradients; by default the parameters of a module.
 
@@ -82,25 +82,22 @@ def odeint(
 
 
 def odeint_adjoint(func: Callable, y0: Any, t: Tensor, **keywords: Any) -> Any:
-    """[`odeint`][reversax_torch.odeint] for programs that call
-    `torchdiffeq.odeint_adjoint`: "adjoint_rtol", "adjoint_atol", "adjoint_method" and
-    "adjoint_options" make no difference, since the backward pass has no error."""
+    """`odeint` for programs that call `torchdiffeq.odeint_adjoint`: "adjoint_rtol",
+    "adjoint_atol", "adjoint_method" and "adjoint_options" make no difference, since the
+    backward pass has no error."""
     for name in ("rtol", "atol", "method", "options"):
         keywords.pop(f"adjoint_{name}", None)
     return odeint(func, y0, t, **keywords)
 
 
 def _checked(func: Any, t: Any, method: Any, options: dict, event_fn: Any) -> Base:
-    """The base, if the rest is what is taken."""
     if event_fn is not None:
         raise NotImplementedError(
             "Use `torchdiffeq.odeint_event` for events, or Diffrax with reversax."
         )
     for name in ("callback_step", "callback_accept_step", "callback_reject_step"):
         if hasattr(func, name):
-            raise NotImplementedError(
-                f"Delete `{name}`: nothing but the field is called."
-            )
+            raise NotImplementedError(f"Delete `{name}`: only the field is called.")
     if (base := BASES.get(method or "dopri5")) is None:
         raise ValueError(
             f"Choose an explicit one-step method, one of {', '.join(BASES)}: "
@@ -112,9 +109,7 @@ def _checked(func: Any, t: Any, method: Any, options: dict, event_fn: Any) -> Ba
             "end, `step_t`; values within steps are of the base's order anyhow."
         )
     if not (isinstance(t, Tensor) and t.is_floating_point() and t.ndim == 1):
-        raise TypeError(
-            "Pass `t` as a tensor of floating-point numbers, `t.ndim == 1`."
-        )
+        raise TypeError("Pass `t` as a floating-point tensor, `t.ndim == 1`.")
     steps = t.detach().diff()
     if len(t) == 0 or not (bool((steps > 0).all()) or bool((steps < 0).all())):
         raise ValueError("Pass `t` strictly increasing or strictly decreasing.")
@@ -129,12 +124,11 @@ class _State:
         parts = (y0,) if isinstance(y0, Tensor) else y0
         if not (isinstance(parts, tuple) and all(isinstance(x, Tensor) for x in parts)):
             raise TypeError("Pass `y0` as a tensor, or as a tuple of tensors.")
-        for x in parts:
-            if not x.is_floating_point():
-                raise TypeError(
-                    "Convert the state to real floating-point numbers, or, if it is "
-                    f"complex, by `torch.view_as_real`: it is of {x.dtype}."
-                )
+        if others := [x.dtype for x in parts if not x.is_floating_point()]:
+            raise TypeError(
+                "Convert the state to real floating-point numbers, or, if it is "
+                f"complex, by `torch.view_as_real`: it is of {others[0]}."
+            )
         self.shapes = None if isinstance(y0, Tensor) else [x.shape for x in parts]
         self.func, self.y0 = func, self.pack(y0)
 
@@ -169,19 +163,16 @@ class _State:
         each = [torch.as_tensor(x).expand(shape.numel()) for x, shape in each]
         return torch.cat(each).to(self.y0)
 
-
-def _norm(y: Any) -> Tensor:
-    """The root mean square; of a tuple the largest of those of its tensors."""
-    parts = (y,) if isinstance(y, Tensor) else y
-    return torch.stack([x.pow(2).mean().sqrt() for x in parts]).amax()
+    def norm(self, y: Any) -> Tensor:
+        """The root mean square; of a tuple the largest of those of its tensors."""
+        parts = (y,) if self.shapes is None else y
+        return torch.stack([x.pow(2).mean().sqrt() for x in parts]).amax()
 
 
 def _parameters(func: Any, given: Iterable[Tensor] | None) -> tuple:
-    """The module that a field is, or a method of, else an empty one; the parameters,
-    by default as torchdiffeq finds them, in a replica tensors that its modules hold;
-    and the names that the module has for them."""
-    while isinstance(func, functools.partial):
-        func = func.func
+    """The module that a field is, or a method of, else an empty one; the parameters, as
+    torchdiffeq finds them, in a replica tensors that its modules hold; their names."""
+    func = func.func if isinstance(func, functools.partial) else func
     owner = getattr(func, "__self__", func)
     module = owner if isinstance(owner, nn.Module) else nn.Module()
     if given is None:
@@ -213,7 +204,7 @@ def _steps(state: _State, base: Base, rtol, atol, options: dict) -> Grid | Contr
     if not base.error:
         return at_times
     given = {k: v for k, v in options.items() if k in _ADAPTIVE}
-    norm_of = given.pop("norm", _norm)
+    norm = given.pop("norm", state.norm)
     given["step_t"] = torch.as_tensor(given.get("step_t", ())).tolist()
     rtol, atol = (state.tolerance(x) for x in (rtol, atol))
-    return Controller(rtol, atol, lambda x: norm_of(state.unpack(x)), **given)
+    return Controller(rtol, atol, lambda x: norm(state.unpack(x)), **given)

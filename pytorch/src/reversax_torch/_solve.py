@@ -67,9 +67,8 @@ class Walk:
         return Solve.apply(self, None, (), *inputs)
 
     def run(self, call: Callable, params: Sequence[Tensor], *arguments: Any) -> Any:
-        """Calls it as in the forward pass. The module has substitutes of parameters
-        with hooks, which are for whole gradients, and of those that are not its own:
-        under `torch.func` autograd hands over others."""
+        """Calls it as in the forward pass, with substitutes of parameters that have
+        hooks, which are for whole gradients, or are others, under `torch.func`."""
         now, given, self.params = dict(self.module.named_parameters()), {}, [*params]
         for i, (p, name) in enumerate(zip(params, self.names, strict=True)):
             # There is no public name for hooks.
@@ -84,9 +83,8 @@ class Walk:
             return torch.func.functional_call(caller, given, arguments)
 
     def increment(self, t0: float, t1: float, n: Any, inside: Sequence = ()) -> tuple:
-        """That from the twin `n`, what it departs by `inside` the step; leaves of the
-        graph, `h`, what the field returned. The graph is recorded in both passes:
-        without it some kernels are others."""
+        """That from the twin `n` and what it departs by `inside` the step; leaves, `h`,
+        the field's values. Both passes record graphs: some kernels depend on that."""
         y = self.twins.decode(n).to(self.dtype).detach().requires_grad_(self.records)
         leaves, times = [y], [t0, t1, *(theta for _, theta in inside)]
         with torch.set_grad_enabled(self.records or self.checks):
@@ -109,8 +107,15 @@ class Walk:
         ys[0] = y0
         if isinstance(self.steps, Controller):
             self.adapt(ys, self.steps)
-        else:
-            self.follow(ys, self.steps(t).tolist())
+            return ys
+        self.grid, times = self.steps, self.steps(t).tolist()
+        if (times[0], times[-1]) != (self.asked[0], self.asked[-1]):
+            raise ValueError("Begin the grid of steps at `t[0]` and end it at `t[-1]`.")
+        n = len(times) - 1
+        for i, t1 in enumerate(times[1:]):
+            self.step(ys, t1)
+            if i < 16 or i == n - 1 or i % max(1, n // 64) == 0:
+                self.look()
         return ys
 
     def step(self, ys: Tensor, t1: float, control: Controller | None = None) -> float:
@@ -182,15 +187,6 @@ class Walk:
                 f"holds, and drove the twins apart by t = {t1:g}."
             )
 
-    def follow(self, ys: Tensor, times: list[float]) -> None:
-        if (times[0], times[-1]) != (self.asked[0], self.asked[-1]):
-            raise ValueError("Begin the grid of steps at `t[0]` and end it at `t[-1]`.")
-        n = len(times) - 1
-        for i, t1 in enumerate(times[1:]):
-            self.step(ys, t1)
-            if i < 16 or i == n - 1 or i % max(1, n // 64) == 0:
-                self.look()
-
     def adapt(self, ys: Tensor, control: Controller) -> None:
         t0, end, order, tries = self.asked[0], self.asked[-1], self.base.order, 0
         h = control.first(self.field, t0, ys[0], order, math.copysign(1.0, end - t0))
@@ -200,6 +196,9 @@ class Walk:
             h = control.next(abs(t1 - t0), ratio, order)
             if self.times[-1] == t1:
                 self.look()
+        # Steps that were chosen keep their lengths, but the last.
+        made = torch.tensor(self.times[:-1], dtype=torch.float64) - self.times[0]
+        self.grid = lambda t: torch.cat([t[0] + made.to(t.device), t[-1:]])
 
 
 def check_that_all_are_known(known: list[Tensor], value: Tensor) -> None:
@@ -278,7 +277,6 @@ class Solve(torch.autograd.Function):
 
 
 def back(walk: Walk, wanted: tuple, ct: Tensor, t: Tensor, y0: Tensor) -> tuple:
-    """The cotangents, if the certificate holds."""
     versions = lambda: [(id(x), x._version) for x in walk.module.buffers()]
     before, way, tolerance = versions(), WayBack(walk, ct, wanted), walk.twins.tolerance
     true, decode = walk.twins.encode(y0.detach()), walk.twins.decode
@@ -363,20 +361,16 @@ class WayBack:
             found = torch.autograd.grad(xs, inputs, cts, True, materialize_grads=True)
         for total, more in zip(self.sums, found[len(leaves) :], strict=True):
             total += more
-        slopes = found[1].tolist() if self.walk.time_gradient else [0.0, 0.0]
-        self.ends[begin] += slopes[0]
-        self.ends[end] += slopes[1]
+        slopes = found[1].tolist() if self.walk.time_gradient else []
+        for i, slope in zip((begin, end), slopes, strict=False):
+            self.ends[i] += slope
         return outputs[0].detach(), found[0].to(ct.dtype), slopes[2:]
 
     def of_times(self, t: Tensor) -> Tensor:
-        """By the grid of steps, as a function of the times asked for."""
         if not self.walk.time_gradient:
             return torch.zeros_like(t)
-        steps, leaf = self.walk.steps, t.detach().double().requires_grad_()
+        leaf = t.detach().double().requires_grad_()
         with torch.enable_grad():
-            # Steps that were chosen keep their lengths, but the last.
-            made = leaf.new_tensor(self.walk.times[:-1]) - self.walk.times[0]
-            ends = torch.cat([leaf[0] + made, leaf[-1:]])
-            ends = ends if isinstance(steps, Controller) else steps(leaf)
+            ends = self.walk.grid(leaf)
         (found,) = torch.autograd.grad(ends, leaf, leaf.new_tensor(self.ends))
         return (found + leaf.new_tensor(self.asked)).to(t.dtype)

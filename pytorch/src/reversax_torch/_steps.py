@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Grid = Callable[[Tensor], Tensor]
-"""The ends of steps as a function of the times asked for."""
+Grid = Callable[[Tensor], Tensor]  # The ends of steps, of the times asked for.
 at_times: Grid = lambda t: t
 
 

@@ -28,8 +28,7 @@ from torch import Tensor
 
 _BITS, _MASK = 62, (1 << 62) - 1
 Pair = tuple[Any, Any]
-Bits = list[tuple[Tensor, int]]
-"""Shed bits, those of several steps in each word, with how many it has."""
+Bits = list[tuple[Tensor, int]]  # Words of what steps shed, and how much each has.
 
 
 def largest(x: Tensor) -> Tensor:
@@ -56,11 +55,10 @@ class Wide:
     def __init__(self, high: Tensor, low: Tensor):
         self.high, self.low = high + (low >> _BITS), low & _MASK
 
-    def __add__(self, other: "Wide") -> "Wide":
-        return Wide(self.high + other.high, self.low + other.low)
-
-    def __sub__(self, other: "Wide") -> "Wide":
-        return Wide(self.high - other.high, self.low - other.low)
+    __add__ = lambda self, other: Wide(self.high + other.high, self.low + other.low)
+    __sub__ = lambda self, other: Wide(self.high - other.high, self.low - other.low)
+    __and__ = lambda self, mask: self.low & mask
+    __or__ = lambda self, bits: Wide(self.high, self.low | bits)
 
     def __rshift__(self, by: int) -> "Wide":
         moved = (self.high << (_BITS - by)) & _MASK
@@ -70,19 +68,12 @@ class Wide:
         high = (self.high << by) | (self.low >> (_BITS - by))
         return Wide(high, (self.low << by) & _MASK)
 
-    def __and__(self, mask: int) -> Tensor:
-        return self.low & mask
-
-    def __or__(self, bits: Tensor) -> "Wide":
-        return Wide(self.high, self.low | bits)
-
 
 class Symmetric:
     """(S), in fixed point, in which steps are undone to the bit."""
 
     exact, weights, tolerance = True, (0.5, 0.5), 0.0
-    """The weights of the readout, and what of the size of the solution the way back may
-    miss the initial state by."""
+    # Of the readout; of the way back, relative to the size of the solution.
 
     def __init__(self, dtype: torch.dtype, largest: Any):
         self.wide = dtype == torch.float64
@@ -99,10 +90,10 @@ class Symmetric:
 
     def encode(self, x: Tensor) -> Any:
         # Exact but for the last rounding, in single precision too.
-        if not self.wide:
-            return (x.float() * (1 / self.unit)).round_().long()
-        scaled = x * (1 / self.unit)
+        scaled = (x if self.wide else x.float()) * (1 / self.unit)
         high = scaled.round()
+        if not self.wide:
+            return high.long()
         return Wide(high.long(), scaled.sub_(high).mul_(2.0**_BITS).round_().long())
 
     def decode(self, n: Any) -> Tensor:
