@@ -1,7 +1,7 @@
 """Fields, and the reversible steps written once more, for autograd to go through."""
 
 import torch
-from reversax_torch._base import BASES
+from reversax_torch._steps import BASES
 from torch import nn
 
 FIXED = ["euler", "midpoint", "heun2", "heun3", "rk4"]

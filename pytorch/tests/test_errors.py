@@ -89,4 +89,4 @@ def test_parameters_that_are_given_are_those_that_get_gradients():
 def test_source_is_short():
     """Docstrings, comments and what is empty included."""
     source = Path(reversax_torch.__file__).parent.glob("*.py")
-    assert sum(len(path.read_text().splitlines()) for path in source) <= 1070
+    assert sum(len(path.read_text().splitlines()) for path in source) <= 900

@@ -7,7 +7,7 @@ import torch
 import torchdiffeq
 from helpers import ADAPTIVE, FIXED, Network, psi, stages, start
 from reversax_torch import odeint, odeint_adjoint
-from reversax_torch._base import BASES
+from reversax_torch._steps import BASES
 
 T = torch.linspace(0.0, 2.0, 7, dtype=torch.float64)
 

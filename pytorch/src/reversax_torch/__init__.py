@@ -1,5 +1,4 @@
-"""Reversible solvers of ordinary differential equations for PyTorch: torchdiffeq's
-call, exact gradients, flat memory."""
+"""Reversible solvers for PyTorch: torchdiffeq's call, exact gradients, flat memory."""
 
 from ._odeint import odeint as odeint, odeint_adjoint as odeint_adjoint
 

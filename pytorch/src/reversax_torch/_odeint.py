@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._base import BASES, Base, Time
 from ._solve import Walk
-from ._steps import Controller, Grid, at_times, even, halvings_of
+from ._steps import BASES, Base, Controller, Grid, Time, at_times, even, halvings_of
 from ._twins import McCallumFoster, Symmetric
 
 _ADAPTIVE = {x.name for x in dataclasses.fields(Controller)} - {"rtol", "atol"}
@@ -50,14 +49,13 @@ def odeint(
     - `method`: the base, of which a step takes two: "euler", "midpoint", "heun2",
         "heun3", "rk4" in fixed steps, "bosh3", "dopri5", "tsit5", "dopri8" in steps
         that adapt, unless one of the first three options is there.
-    - `options`: "step_size", "num_steps" or "grid_constructor" for fixed steps, else
-        ending at `t`; torchdiffeq's "first_step", "min_step", "max_step", "safety",
-        "ifactor", "dfactor", "max_num_steps", "step_t", "norm" for others;
-        "halvings_per_step" of the gap between the twins, 1/m or up to 4, more for more
-        damping, or "auto"; "largest", that the state reaches, by default 2**20, in
-        double precision 2**46; "round_trip_tolerance", part of the largest state by
-        which the way back may miss the initial one, by default none; "coupling",
-        "mccallum-foster" as published, with "coupling_parameter", by default 0.999.
+    - `options`: "step_size", "num_steps" or "grid_constructor" for fixed steps, which
+        else end at `t`; "first_step", "min_step", "max_step", "safety", "ifactor",
+        "dfactor", "max_num_steps", "step_t", "norm" for others; "halvings_per_step" of
+        the gap between the twins, 1/m or up to 4, more for more damping, or "auto";
+        "largest", that the state reaches, else 2**20, in double precision 2**46;
+        "round_trip_tolerance" of the way back, relative to the largest state, else 0;
+        "coupling", "mccallum-foster" as published, with "coupling_parameter", 0.999.
     - `event_fn`: none is taken.
     - `adjoint_params`: what has gradients; by default the parameters of a module.
 
@@ -117,8 +115,7 @@ def _checked(func: Any, t: Any, method: Any, options: dict, event_fn: Any) -> Ba
 
 
 class _State:
-    """One as users have it, a tensor or a tuple of such, laid end to end as `y0`, and
-    its field."""
+    """A tensor or a tuple of tensors, laid end to end as `y0`, and its field."""
 
     def __init__(self, func: Callable, y0: Any):
         parts = (y0,) if isinstance(y0, Tensor) else y0

@@ -1,8 +1,8 @@
 r"""A solve as one function for autograd. On the way back each step is undone, and
 differentiated, from where it was made.
 
-A controller is told of the base's own estimate `u`, of what the step adds to the gap
-between the twins, and of the `b` halvings of the step,
+A controller is told of the base's own estimate `u` and of what the step, of `b`
+halvings, adds to the gap between the twins:
 
     (E)    e = Psi_{h}(t0, z) + Psi_{-h}(t1, y1)
     (U)    |u| + 5/2 * sqrt(|u|*|e|) + 2**-b * |e|.
@@ -26,8 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._base import Base, Field, combined, increment
-from ._steps import Controller, Grid, at_times
+from ._steps import Base, Controller, Field, Grid, at_times, combined, increment
 from ._twins import McCallumFoster, Symmetric, largest, push
 
 _CAUSES = (
@@ -103,8 +102,7 @@ class Walk:
         self.pair, self.bits = (code, code), []
         self.times, self.halvings = self.asked[:1], []
         self.peak, self.size, self.ratio = largest(y0), 0.0, 0.0
-        ys = y0.new_empty((len(t), *y0.shape))
-        ys[0] = y0
+        ys = y0.expand(len(t), *y0.shape).clone()
         if isinstance(self.steps, Controller):
             self.adapt(ys, self.steps)
             return ys
@@ -119,8 +117,7 @@ class Walk:
         return ys
 
     def step(self, ys: Tensor, t1: float, control: Controller | None = None) -> float:
-        """(C), (F1), (F2), of which nothing is kept where a controller finds the error
-        too large. Returns that in units of what is allowed."""
+        """(C), (F1), (F2), not kept if the error, which it returns, is too large."""
         twins, t0, ratio = self.twins, self.times[-1], 0.0
         rows, inside = self.within(t0, t1)
         share = lambda t: (t - self.asked[0]) / (self.asked[-1] - self.asked[0])
@@ -160,8 +157,7 @@ class Walk:
         return ratio
 
     def within(self, t0: float, t1: float) -> tuple[Sequence, list[tuple[int, float]]]:
-        """The rows of the times asked for that a step reaches: those that move with its
-        end, and the others, each with its share of the step."""
+        """Rows that a step reaches: at its end; others with their share of it."""
         along = lambda t: math.copysign(1.0, t1 - t0) * t
         first, beyond = (bisect(self.asked, along(t), key=along) for t in (t0, t1))
         last = first if self.steps is at_times else len(self.asked) - 1
@@ -219,8 +215,7 @@ def check_that_all_are_known(known: list[Tensor], value: Tensor) -> None:
 
 
 class Solve(torch.autograd.Function):
-    """The solution at `t`; where there are cotangents `ct` of it, those of `t`, of the
-    initial state, and of the parameters that are `wanted`."""
+    """The solution at `t`; or, from cotangents `ct` of it, those of the inputs."""
 
     @staticmethod
     def forward(walk: Walk, ct: Tensor | None, wanted: tuple, t, y0, *params) -> Any:
@@ -230,13 +225,12 @@ class Solve(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.walk, ct, _, *tensors = inputs
-        ctx.once = ct is None
+        ctx.walk, ctx.ct, _, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *cts: Tensor) -> tuple:
-        if not ctx.once:
+        if ctx.ct is not None:
             raise NotImplementedError(
                 "Differentiate once. For second derivatives use `torchdiffeq.odeint`, "
                 "or forward over reverse with the JAX package reversax."
@@ -298,8 +292,8 @@ def back(walk: Walk, wanted: tuple, ct: Tensor, t: Tensor, y0: Tensor) -> tuple:
 
 
 class WayBack:
-    """A solve on its way back: cotangents of the twins `y` and `z`, `sums` of those of
-    parameters that are wanted, of the `ends` of steps and of times `asked` for."""
+    """Cotangents of the twins, `y` and `z`, of the parameters that are wanted, `sums`,
+    of the `ends` of steps, and of the times `asked` for."""
 
     def __init__(self, walk: Walk, ct: Tensor, wanted: Any):
         # What was recorded stays, for who goes back once more.

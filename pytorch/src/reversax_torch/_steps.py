@@ -1,30 +1,91 @@
-r"""Where steps end, and how often each halves the gap between the twins.
+r"""What steps add, where they end, and how often each halves the gap of the twins.
 
-A damped mode `y' = alpha*y` widens it by `exp(h*abs(alpha))` a step: a solve over `T`
-needs `abs(alpha)*T/ln(2)` halvings, however many steps it has. So `n` of them, 256 or,
-with a controller, 320, are spread over it. A step from `t` to `t'` makes
+The bases are torchdiffeq's explicit Runge-Kutta methods, and Tsit5 (Ch. Tsitouras,
+"Runge-Kutta pairs of order 5(4)", 2011), with their numbers in `bases.json`:
 
-    (T)    min(4, floor(n*s') - floor(n*s)),   s = (t - t0)/(t1 - t0),
+    k_i = f(t0 + c_i*h, y + h * sum_j a_ij k_j),   Psi_h(t0, y) = h * sum_i b_i k_i.
 
-but one if that is none and there was none in the three steps before.
+Between the ends `r0`, `r1` of a step from `z`, with `theta` from 0 to 1 and the base's
+interpolant `u(theta) = z + h * sum_i b_i(theta) k_i`, the solution is
+
+    (D)    r(theta) = (1 - theta) r0 + theta r1 + v(theta),
+           v(theta) = u(theta) - z - theta*Psi_h(t0, z).
+
+A damped mode `y' = alpha*y` widens the gap by `exp(h*abs(alpha))` a step, over `T` by
+`abs(alpha)*T/ln(2)` halvings, however many steps there are. So `n`, 256 or, with a
+controller, 320, are spread over it, and at least one made in four steps:
+
+    (T)    min(4, floor(n*s') - floor(n*s)),   s = (t - t0)/(t1 - t0).
 """
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+Time = float | Tensor  # A tensor where there are gradients by times.
+Field = Callable[[Time, Tensor], Tensor]
 Grid = Callable[[Tensor], Tensor]  # The ends of steps, of the times asked for.
 at_times: Grid = lambda t: t
 
 
+class Base:
+    """`error` has the weights of an estimate, `dense` the coefficients of `theta`, ...
+    in `b_i(theta)`: none, or one more than `b`, of the field at the end of the step."""
+
+    def __init__(self, order: int, a: list, b: str, error: str, dense: list):
+        row = lambda text: [float(Fraction(number)) for number in text.split()]
+        self.order, self.a, self.b = order, [*map(row, a)], row(b)
+        self.error, self.dense = row(error), [*map(row, dense)]
+        self.c = [*map(math.fsum, self.a)]
+
+
+_NUMBERS = json.loads(Path(__file__).with_name("bases.json").read_text())
+BASES = {name: Base(**numbers) for name, numbers in _NUMBERS.items()}
+
+
+def combined(y: Tensor | None, h: Time, weights: Iterable, ks: list[Tensor]) -> Tensor:
+    """`y + h * sum_i weights_i k_i`, `y` being `None` if it is zero."""
+    for weight, k in zip(weights, ks, strict=False):
+        if isinstance(factor := h * weight, Tensor):
+            more = factor.to(k.device, k.dtype) * k
+            y = more if y is None else y + more
+        elif factor != 0:
+            y = k * factor if y is None else torch.add(y, k, alpha=factor)
+    return torch.zeros_like(ks[0]) if y is None else y
+
+
+def increment(
+    base: Base, field: Field, t0: Time, h: Time, y: Tensor, thetas: Sequence[Time] = ()
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`Psi_h(t0, y)` and each `v(theta)`; what the field returned."""
+    ks: list[Tensor] = []
+    for c, row in zip(base.c, base.a, strict=True):
+        ks.append(field(t0 + c * h, combined(y, h, row, ks)))
+    outputs = [combined(None, h, base.b, ks)]
+    if thetas and len(base.dense) > len(ks):
+        ks.append(field(t0 + h, y + outputs[0]))
+    for theta in thetas:
+        if not base.dense:  # A shorter step.
+            (part,), _ = increment(base, field, t0, theta * h, y)
+            outputs.append(combined(part, -1.0, [theta], outputs[:1]))
+            continue
+        weights = []
+        for row, b in zip(base.dense, (*base.b, 0.0), strict=False):
+            terms = [a * theta**power for power, a in enumerate(row, 1) if a]
+            weights.append(sum(terms, -b * theta))
+        outputs.append(combined(None, h, weights, ks))
+    return outputs, ks
+
+
 def halvings_of(value: Any, total: int) -> Callable[[list[int], float, float], int]:
-    """Those of a step, of those made and what of the time passed before it and after:
-    so many at each step, or `total` spread over the time."""
+    """Those of a step, from those made and the shares of time before and after it."""
 
     def over_time(made: list[int], before: float, after: float) -> int:
         # Round-off is not to move a whole number.
@@ -69,7 +130,6 @@ class Controller:
     step_t: Any = ()
 
     def ratio(self, error: Tensor, y0: Tensor, y1: Tensor) -> float:
-        """The error in units of what is allowed."""
         allowed = self.atol + self.rtol * torch.maximum(y0.abs(), y1.abs())
         return abs(float(self.norm(error / allowed)))
 

@@ -6,8 +6,8 @@ With the increment `Psi` of the base a step and its inverse are
     (F1)   y1 = y + Psi_{h}(t0, z)              (B1)   y  = y1 - Psi_{h}(t0, z)
     (F2)   z1 = z - Psi_{-h}(t1, y1)            (BC)   (y0, z0) = unmix(y, z)
 
-where the gap is halved `b` times about the mean or, after McCallum & Foster (arXiv
-2410.11648, equation (4)), `y` drawn towards `z`, with `0 < lam <= 1`:
+The gap is halved `b` times about the mean, or `y` drawn towards `z` by `0 < lam <= 1`
+(McCallum & Foster, arXiv 2410.11648, equation (4)):
 
     (S)    mix(y, z) = (y - c, z + c),  c = (1 - 2**-b)*(y - z)/2,   readout (y + z)/2
     (MF)   mix(y, z) = (lam*y + (1 - lam)*z, z),                     readout y
@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 _BITS, _MASK = 62, (1 << 62) - 1
-Pair = tuple[Any, Any]
 Bits = list[tuple[Tensor, int]]  # Words of what steps shed, and how much each has.
 
 
@@ -72,8 +71,7 @@ class Wide:
 class Symmetric:
     """(S), in fixed point, in which steps are undone to the bit."""
 
-    exact, weights, tolerance = True, (0.5, 0.5), 0.0
-    # Of the readout; of the way back, relative to the size of the solution.
+    exact, weights, tolerance = True, (0.5, 0.5), 0.0  # `weights` of the readout.
 
     def __init__(self, dtype: torch.dtype, largest: Any):
         self.wide = dtype == torch.float64
@@ -107,22 +105,21 @@ class Symmetric:
     def readout(self, y: Any, z: Any) -> Tensor:
         return (self.decode(y) + self.decode(z)) * 0.5
 
-    def mix(self, y: Any, z: Any, b: int) -> tuple[Pair, Tensor | None]:
-        """The twins, and what they shed."""
+    def mix(self, y: Any, z: Any, b: int) -> tuple[tuple, Tensor | None]:
         if b == 0:
             return (y, z), None
         g = (y - z) >> 1  # (H1)
         c = g - (g >> b)  # (H1)
         return (y - c, z + c), g & ((1 << b) - 1)
 
-    def unmix(self, y: Any, z: Any, b: int, bits: Bits) -> Pair:
+    def unmix(self, y: Any, z: Any, b: int, bits: Bits) -> tuple:
         if b == 0:
             return y, z
         upper = (y - z) >> 1
         c = ((upper << b) | pop(bits, b)) - upper  # (H2)
         return y + c, z - c
 
-    def pull(self, y: Tensor, z: Tensor, b: int) -> Pair:
+    def pull(self, y: Tensor, z: Tensor, b: int) -> tuple:
         """The cotangents before a mixing, from those after it."""
         c = (y - z) * ((1 - 2.0**-b) / 2)
         return y - c, z + c
@@ -142,11 +139,11 @@ class McCallumFoster:
                 f"Pass a number in (0, 1] as coupling_parameter, not {lam}."
             )
 
-    def mix(self, y: Tensor, z: Tensor, b: int) -> tuple[Pair, None]:
+    def mix(self, y: Tensor, z: Tensor, b: int) -> tuple[tuple, None]:
         return (self.lam * y + (1 - self.lam) * z, z), None
 
-    def unmix(self, y: Tensor, z: Tensor, b: int, bits: Bits) -> Pair:
+    def unmix(self, y: Tensor, z: Tensor, b: int, bits: Bits) -> tuple:
         return (y - (1 - self.lam) * z) / self.lam, z
 
-    def pull(self, y: Tensor, z: Tensor, b: int) -> Pair:
+    def pull(self, y: Tensor, z: Tensor, b: int) -> tuple:
         return self.lam * y, (1 - self.lam) * y + z
