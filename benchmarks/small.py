@@ -5,10 +5,10 @@ There the arithmetic of a step is next to nothing, and the time is what the loop
 - `pendulum`: two numbers, 10,000 steps, single precision
 - `lanes`: 256 Lorenz systems of three numbers, 512 steps, by `vmap` of the solve or as
   one state, in both precisions
-- `sizes`: states of 2 to 4,096 numbers, 200 steps: a polynomial of each number, a
+- `sizes`: states of 2 to 10,000 numbers, 200 steps: a polynomial of each number, a
   stencil, waves (`sin`), and one small network
-- `threshold`: the `sizes` part of `scaling.py` with XLA's threshold for loops raised,
-  by `XLA_FLAGS`, in a process each; with the seconds to compile
+- `threshold`: waves and the network of `sizes`, with XLA's threshold for loops as it is
+  and raised by `XLA_FLAGS`, in a process each; with the seconds to compile
 
     python benchmarks/small.py              # all, some ten minutes
     python benchmarks/small.py pendulum     # one of them
@@ -170,10 +170,15 @@ def network_weights(size: int, width: int = 32):
     )
 
 
+FIELDS = polynomial, stencil, waves, network
+
+
 def sizes(options: argparse.Namespace, console: Console) -> list[dict]:
-    lengths = (2, 16) if options.quick else (2, 16, 64, 256, 1_024, 4_096)
+    lengths = (2, 16) if options.quick else (2, 16, 64, 256, 1_024, 4_096, 10_000)
     steps, cases = (20 if options.quick else 200), []
-    for field in (polynomial, stencil, waves, network):
+    for field in FIELDS:
+        if options.fields is not None and field.__name__ not in options.fields:
+            continue
         for length in lengths:
             args = network_weights(length) if field is network else jnp.float32(0.3)
             inputs = args, jnp.linspace(0.1, 0.9, length, dtype=jnp.float32)
@@ -195,6 +200,7 @@ def threshold(options: argparse.Namespace, console: Console) -> list[dict]:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "sizes.json"
             command = [sys.executable, __file__, "sizes", "--json", str(path)]
+            command += ["--fields", *(options.fields or ("waves", "network"))]
             command += ["--repeats", str(options.repeats)]
             command += ["--quick"] if options.quick else []
             environment = os.environ | {"XLA_FLAGS": flags}
@@ -212,6 +218,8 @@ PARTS = (pendulum, lanes, sizes, threshold)
 def main() -> None:
     parser = parser_of(__doc__)
     add_parts(parser, PARTS)
+    names = [field.__name__ for field in FIELDS]
+    parser.add_argument("--fields", nargs="+", choices=names, help="of `sizes`")
     options = parser.parse_args()
     console, about = begin(options)
     write_json(options.json, about, dict(run_parts(PARTS, options, console)))
