@@ -27,7 +27,7 @@ from flow import (
     sample_probe,
     solve,
 )
-from helpers import SameScheme, initial_states, quick, relative_difference
+from helpers import SameScheme, heavy, initial_states, quick, relative_difference
 
 import reversax as rvx
 
@@ -202,7 +202,7 @@ class Counted(eqx.Module):
     "trace",
     [
         "exact",
-        *(pytest.param(x, marks=pytest.mark.heavy) for x in ("none", "Hutchinson")),
+        *heavy("none", "Hutchinson"),
     ],
 )
 def test_the_log_density_does_not_evaluate_the_network_again(trace, differentiate):

@@ -103,7 +103,7 @@ def test_a_million_steps_have_the_gradient_of_the_exact_solution_and_a_meter(cap
     assert capfd.readouterr().out.count("100.00%") == 2
     exact = gradient(dfx.Dopri8(), 20_000)
     # Dopri8's round-off adds up: at 20,000 steps it is off by 1.3e-9 of what
-    # reversible methods agree on to 1e-12, at 80,000 by three times as much.
+    # reversible methods agree on to 1e-11, at 80,000 by three times as much.
     assert relative_difference(ours, exact) < 1e-8
 
 
@@ -166,10 +166,10 @@ def test_time_may_run_backwards_and_fields_be_trees():
         return jnp.sum(ys[0] ** 2) + jnp.sum(ys[1])
 
     of = lambda s, a: eqx.filter_jit(jax.value_and_grad(lambda x: loss(x, s, a)))(1.3)
-    value, gradient = of(method(4, "floating-point"), OURS)
-    expected, oracle = of(method(4, "floating-point"), DIRECT)
+    value, gradient = of(method(6, "floating-point"), OURS)
+    expected, oracle = of(method(6, "floating-point"), DIRECT)
     exact, _ = of(dfx.Dopri8(), DIRECT)
-    assert abs(value - exact) < 1e-4
+    assert abs(value - exact) < 1e-5
     assert abs(value - expected) < 1e-13 and abs(gradient - oracle) < 1e-12
 
 

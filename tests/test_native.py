@@ -173,9 +173,7 @@ def test_a_stochastic_equation_is_undone_to_the_bit():
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(
-    "event_name", ["Verlet", pytest.param("ReversibleHeun", marks=pytest.mark.heavy)]
-)
+@pytest.mark.parametrize("event_name", ["Verlet", "ReversibleHeun"])
 def test_the_time_of_an_event_is_differentiated(event_name):
     crosses = lambda t, y, args, **kwargs: y[0][0] + 0.6
     event = dfx.Event(crosses, optx.Newton(1e-12, 1e-12))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import SCHEMES, Kutta3, RungeKutta4
+from helpers import SCHEMES, Kutta3, RungeKutta4, heavy
 
 import reversax as rvx
 from reversax._schemes.watch import begin
@@ -122,7 +122,7 @@ each_problem = pytest.mark.parametrize(
     "problem",
     [
         "lotka-volterra",
-        *(pytest.param(x, marks=pytest.mark.heavy) for x in ("kepler", "van-der-pol")),
+        *heavy("kepler", "van-der-pol"),
     ],
 )
 

@@ -5,7 +5,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import BASES, initial_states, network_arguments, network_field
+from helpers import BASES, heavy, initial_states, network_arguments, network_field
 from hypothesis import given, settings, strategies as st
 
 import reversax as rvx
@@ -67,7 +67,7 @@ def worst_ulps(a, b, scale):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "coupling_parameter",
-    [0.5, *(pytest.param(x, marks=pytest.mark.heavy) for x in (1.0, 0.999, 0.9))],
+    [0.5, *heavy(1.0, 0.999, 0.9)],
 )
 @pytest.mark.parametrize("name", SOME_BASES)
 def test_one_step_round_trip_is_within_ulps(name, coupling_parameter, dtype):
@@ -121,7 +121,7 @@ def test_the_step_is_the_published_one():
 
 @pytest.mark.parametrize(
     "halvings",
-    [4, *(pytest.param(x, marks=pytest.mark.heavy) for x in (0, 1, 30))],
+    [4, *heavy(0, 1, 30)],
     ids="{}-halvings".format,
 )
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import diffrax as dfx
 import jax.numpy as jnp
 import pytest
-from helpers import relative_difference
+from helpers import heavy, relative_difference
 from test_examples import assert_shows_something
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -27,10 +27,7 @@ def paper(monkeypatch):
     "base",
     [
         *("RK4", "Dopri5"),
-        *(
-            pytest.param(x, marks=pytest.mark.heavy)
-            for x in ("Midpoint", "Ralston", "Bosh3")
-        ),
+        *heavy("Midpoint", "Ralston", "Bosh3"),
     ],
 )
 def test_unrolled_stages_solve_as_the_base_does(paper, base):
