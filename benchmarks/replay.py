@@ -26,7 +26,15 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
-from accuracy import LONGEST, SECONDS, Found, resolutions, search, true_gradient
+from accuracy import (
+    LONGEST,
+    REPLAYED,
+    SECONDS,
+    Found,
+    resolutions,
+    search,
+    true_gradient,
+)
 from measuring import (
     begin,
     compile_program,
@@ -36,19 +44,12 @@ from measuring import (
     relative_error,
     write_json,
 )
-from methods import make_field
+from methods import Method, make_field
 from pareto import Row
 from problems import Problem, all_problems
 
 PACKAGES = ("jax", "gradsolve")
-LIBRARY, ENGINE = "gradsolve", "tsit5_replay"
-
-
-@dataclasses.dataclass(frozen=True)
-class Adaptive:
-    """As `resolutions` takes it."""
-
-    adaptive: bool = True
+METHOD = Method("gradsolve", "Tsit5", "replayed", adaptive=True)
 
 
 class Ensemble:
@@ -68,14 +69,16 @@ class Ensemble:
         return self.field(t, y.reshape(self.shape), self.to_parameters(p)).ravel()
 
     def record(self, tolerance: float) -> Callable:
-        known: dict[str, Any] = dict(rtol=tolerance, atol=tolerance, engine=ENGINE)
         both = "y0", "params"
-        return gradsolve.grad_closure(self, self.y0, self.params, wrt=both, **known)
+        return self._called(gradsolve.grad_closure, tolerance, wrt=both)
 
     def number_of_steps(self, tolerance: float) -> int:
-        known: dict[str, Any] = dict(rtol=tolerance, atol=tolerance, engine=ENGINE)
-        solved = gradsolve.solve(self, self.y0, self.params, **known)
+        solved = self._called(gradsolve.solve, tolerance)
         return int(np.max(solved.accepted_steps))
+
+    def _called(self, fn: Callable, tolerance: float, **known: Any) -> Any:
+        known |= dict(rtol=tolerance, atol=tolerance, engine="tsit5_replay")
+        return fn(self, self.y0, self.params, **known)
 
     def gradient_of(self, replay: Callable) -> Callable:
         """Of the parameters and the initial state, as of the other methods."""
@@ -93,17 +96,15 @@ class Ensemble:
 def rows_of(problem: Problem, options: argparse.Namespace) -> list[Row]:
     reference, ensemble = true_gradient(problem, options.seed), Ensemble(problem)
     targets = problem.targets[: 1 if options.quick else 2]
-    grid = resolutions(problem, Adaptive())  # type: ignore
+    grid = resolutions(problem, METHOD)
     # Each is of another number of steps, and compiled anew.
     found = search(ensemble.gradient, grid, reference, targets, patience=LONGEST)
     rows: list[Row] = []
     for target in targets:
         here = measured(ensemble, reference, found.get(target), options.repeats)
-        for how, known in here.items():
-            name = f"Tsit5, adaptive, {how}"
-            rows.append(
-                Row(problem.name, target, "double", LIBRARY, name, True, **known)
-            )
+        for name, known in here.items():
+            about = problem.name, target, "double", METHOD.library, name, True
+            rows.append(Row(*about, **known))
     return rows
 
 
@@ -113,7 +114,7 @@ def measured(
     """What is known of the replay alone, and of both."""
     if found is None:
         failed = dict(failed="not within the steps and the time tried")
-        return {"replayed": failed, "recorded and replayed": failed}
+        return dict.fromkeys(REPLAYED, failed)
     tolerance, at = found.resolution, (ensemble.params, ensemble.y0)
     program = compile_program(ensemble.gradient_of(ensemble.record(tolerance)), *at)
     _, ct = program.run(*at)
@@ -122,11 +123,8 @@ def measured(
         ensemble.record(tolerance)
         return program.run(*at)
 
-    runs = {
-        "replayed": lambda: program.run(*at),
-        "recorded and replayed": recorded_and_replayed,
-    }
-    times = interleaved_times(runs, repeats, SECONDS)
+    both = (lambda: program.run(*at)), recorded_and_replayed
+    times = interleaved_times(dict(zip(REPLAYED, both, strict=True)), repeats, SECONDS)
     shared = dict(
         steps=ensemble.number_of_steps(tolerance),
         tolerance=tolerance,
@@ -136,8 +134,8 @@ def measured(
         compile_seconds=program.compile_seconds,
     )
     return {
-        how: shared | dict(seconds=seconds, times=times[how])
-        for how, seconds in medians(times).items()
+        name: shared | dict(seconds=seconds, times=times[name])
+        for name, seconds in medians(times).items()
     }
 
 
