@@ -1,8 +1,11 @@
-"""What an isolated evaluation keeps for its pull-back."""
+"""Isolated evaluations: what they keep for their pull-back, and that they are."""
 
+import diffrax as dfx
 import jax
 import jax.numpy as jnp
+import pytest
 
+import reversax as rvx
 from reversax._xla.isolation import evaluate_isolated
 
 WIDE = 64
@@ -41,3 +44,40 @@ def test_of_a_field_that_is_checkpointed_nothing_inside_is_kept():
     assert number == 3 and none == 0
     for a, b in zip(jax.tree.leaves(ct), jax.tree.leaves(ct_checkpointed), strict=True):
         assert jnp.allclose(a, b, rtol=1e-14, atol=0)  # Round-off alone.
+
+
+@pytest.mark.usefixtures("optimised")
+def test_an_evaluation_is_isolated_where_time_is_a_number_known_beforehand():
+    """Then the compiler knows the predicate too, unless that is kept from it."""
+
+    def value(y):
+        return evaluate_isolated(
+            lambda y, _: (layers(WEIGHTS, y), None), y, None, jnp.asarray(0.5)
+        ).value
+
+    compiled = jax.jit(value).lower(jnp.linspace(0.1, 0.4, 4)).compile()
+    assert "conditional(" in compiled.as_text()
+
+
+@pytest.mark.usefixtures("optimised")
+def test_the_first_evaluation_has_its_bits_where_times_are_numbers_known_beforehand():
+    """It stands before the loop, where all but the state may be constants; a sum that
+    is fused with what comes before it has other bits."""
+
+    def gravity(t, q, masses):
+        apart = q[:, None] - q[None]
+        cubes = ((apart**2).sum(-1) + 0.1)[..., None] ** 1.5
+        return -(masses[None, :, None] * apart / cubes).sum(1)
+
+    y0 = jax.random.normal(jax.random.key(0), (2, 5, 3))
+    terms = dfx.ODETerm(gravity), dfx.ODETerm(lambda t, p, args: p)
+
+    def loss(masses):
+        solver, times = rvx.Reversible(rvx.Verlet()), (0.0, 1.0, 0.05)
+        solution = dfx.diffeqsolve(
+            terms, solver, *times, tuple(y0), masses, adjoint=rvx.ReversibleAdjoint()
+        )
+        return jnp.sum(solution.ys[0] ** 2)
+
+    ct = jax.block_until_ready(jax.jit(jax.grad(loss))(jnp.ones(5)))
+    assert jnp.isfinite(ct).all()  # The certificate raises if a bit was off.

@@ -38,6 +38,9 @@ from .rounding import with_rounded_products
 
 
 def _zero(x: Array) -> Float[Array, ""]:
+    # Of a constant, such as a time given as a number, nothing would be left to ask at
+    # run time. (That barriers are removed before fusion is late enough.)
+    x = lax.optimization_barrier(x)
     # Not a property of bits, which the backend would see through. Nor is any property
     # of a single lane: that one may have gone wrong.
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -71,8 +74,8 @@ def run_time_zero(x: Array) -> Float[Array, ""]:
     """Zero (of either sign), but not to the compiler; one value for all lanes of a
     batch.
 
-    **Arguments:** `x`, only known at run time: a time (which is finite in some lane),
-    or a count.
+    **Arguments:** `x`, a time (which is finite in some lane), or a count; it may be a
+    constant.
     """
     return _run_time_zero_p.bind(jnp.asarray(x))
 
