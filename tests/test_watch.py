@@ -11,6 +11,7 @@ import pytest
 from detest_problems import PROBLEMS, T1
 
 import reversax as rvx
+from reversax._schemes.watch import largest
 from reversax._walk import stepping
 
 APART = dfx.RESULTS.nonlinear_divergence
@@ -157,6 +158,20 @@ def test_a_field_that_returns_no_number_is_said_to_from_its_time_on(scheme, back
     time = float(re.search(r"t = ([\d.]+)", message)[1])
     # It is looked at at every fourth of the 200 steps.
     assert abs(time - 7.3) <= 0.5
+
+
+@pytest.mark.parametrize("base", [dfx.Tsit5(), dfx.ReversibleHeun()])
+def test_a_large_state_that_is_no_number_is_no_success(base):
+    """The maximum of 4,096 numbers passes over those that are none, on a CPU."""
+    y0 = jnp.ones(4096)
+    solution = solve(None, (), base=base, field=LATE, y0=y0, throw=False)
+    assert solution.result == LOST
+
+
+@pytest.mark.parametrize("shape", [(4096,), (64, 64), (2, 4096), (4096, 2)])
+def test_the_largest_of_many_is_no_number_if_one_is_none(shape):
+    x = jnp.ones(shape).at[1, ...].set(jnp.nan)
+    assert jnp.isnan(largest(x)) and largest(jnp.ones(shape)) == 1
 
 
 @pytest.mark.parametrize("bad", [jnp.inf, pytest.param(jnp.nan, marks=HEAVY)])

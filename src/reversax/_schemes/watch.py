@@ -55,8 +55,16 @@ _SUSPECT = 0.1
 
 
 def largest(tree: PyTree[Array]) -> Scale:
-    """The largest absolute value in each leaf."""
-    return jtu.tree_map(lambda x: jnp.max(jnp.abs(x), initial=0), tree)
+    """The largest absolute value in each leaf; no number, if one of them is none."""
+
+    def leaf(x):
+        sizes = jnp.abs(x)
+        # The maximum alone may pass over those: XLA leaves that of 4,096 numbers and
+        # more on a CPU to a library which does.
+        largest = jnp.max(sizes, initial=0)
+        return jnp.where(jnp.isnan(sizes).any(), jnp.nan, largest)
+
+    return jtu.tree_map(leaf, tree)
 
 
 def default_tolerance(leaves: Sequence[Array]) -> float:
