@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "reversax"
 ROOMS = {
     "_xla": "__init__ compat closure guard one_kernel rounding batching isolation",
     "_numbers": "__init__ schedule arithmetic fixed_point",
-    "_schemes": "__init__ control coupling problem increment fields moves scheme "
+    "_schemes": "__init__ control coupling problem increment fields kept moves scheme "
     "undoing interpolation error_estimate twins vector_fields "
     "native retraced multistep_weights multistep_window multistep_moves "
     "multistep_start multistep_dense multistep own symplectic watch base",

@@ -141,12 +141,12 @@ def test_steps_may_differ_in_length(name, controller):
         for x in SOLVERS
     ],
 )
-def test_lanes_share_parameters(name):
-    y0s = jnp.stack([Y0, 0.5 * Y0, -Y0])
+def test_lanes_of_their_own_lengths_share_parameters(name):
+    y0s, t1s = jnp.stack([Y0, 0.5 * Y0, -Y0]), jnp.array([1.27, 2.4, 1.9])
 
     def loss(args, adjoint, arithmetic):
-        one = lambda y0: solve(name, arithmetic, adjoint, y0, args, 1.27, "ts").ys
-        return finite_sum(jax.vmap(one)(y0s))
+        one = lambda y0, t1: solve(name, arithmetic, adjoint, y0, args, t1, "ts").ys
+        return finite_sum(jax.vmap(one)(y0s, t1s))
 
     gradient = jax.jit(jax.grad(lambda a: loss(a, OURS, "fixed-point")))(ARGS)
     oracle = jax.jit(jax.grad(lambda a: loss(a, DIRECT, None)))(ARGS)

@@ -23,6 +23,8 @@ from .._xla.isolation import (
     Function,
     evaluate,
     evaluate_isolated,
+    evaluate_with_residuals,
+    pull_back_again,
     run_time_zero,
 )
 from .control import Control, Leg, Time
@@ -120,15 +122,26 @@ class Fields(eqx.Module):
         if self.axes is not None:
             of_diff, of_nondiff = self.axes
             axes = (of_diff.contr, _MAPPED), (of_nondiff.contr, _MAPPED)
-        return self._evaluate(fn, x, rest, axes, times[1] if self.isolated else None)
+        run_time = times[1] if self.isolated else None
+        return self._call(fn, x, rest, axes).evaluate(run_time)
 
-    def evaluate(self, leg: Leg, y: State) -> Evaluation:
+    def evaluate(self, leg: Leg, y: State, *, keeps: bool = False) -> Evaluation:
         """The core of an increment and its pull-back to `(diff, leg, y)`; `leg` has
         cotangents of its times and of its control, if these are differentiated.
 
-        The value is the pair of the increment and what dense output depends on.
+        The value is the pair of the increment and what dense output depends on. Where
+        an evaluation `keeps` its residuals, [`pull_back_again`][] has its pull-back
+        again.
         """
+        isolated = self.isolated and not self.nondiff.is_certain(leg.which)
+        run_time = jnp.asarray(leg.end) if isolated else None
+        return self._core_call(leg, y).evaluate(run_time, keeps=keeps)
 
+    def pull_back_again(self, leg: Leg, y: State, residuals: list[Array]) -> Evaluation:
+        """What `evaluate(leg, y, keeps=True)` returned, but for the value."""
+        return pull_back_again(*self._core_call(leg, y), residuals)
+
+    def _core_call(self, leg: Leg, y: State) -> "_Call":
         extends, lanes = self.error or self.dense, self._number_of_lanes(leg)
         certain = self.isolated and self.nondiff.is_certain(leg.which)
 
@@ -146,9 +159,7 @@ class Fields(eqx.Module):
         varied, fixed = self.varied(leg)
         x, rest = (self.diff, varied, y), (self.nondiff, fixed)
         axes = self._axes((_LEG_MAPPED, _MAPPED), (_LEG_MAPPED,))
-        isolated = self.isolated and not certain
-        run_time = jnp.asarray(leg.end) if isolated else None
-        return self._evaluate(fn, x, rest, axes, run_time)
+        return self._call(fn, x, rest, axes)
 
     def dense_info(self, leg: Leg, y: State, core: Evaluation) -> Evaluation:
         """The base's `dense_info`, and its pull-back to `(diff, leg, y)` and the value
@@ -164,7 +175,7 @@ class Fields(eqx.Module):
         varied, fixed = self.varied(leg)
         x, rest = (self.diff, varied, y, core.value), (self.nondiff, fixed, core.other)
         of_x, of_rest = (_LEG_MAPPED, _MAPPED, _MAPPED), (_LEG_MAPPED, _MAPPED)
-        return self._evaluate(fn, x, rest, self._axes(of_x, of_rest), None)
+        return self._call(fn, x, rest, self._axes(of_x, of_rest)).evaluate(None)
 
     def _number_of_lanes(self, leg: Leg) -> int:
         return 1 if self.axes is None else jnp.shape(leg.start)[0]
@@ -180,16 +191,25 @@ class Fields(eqx.Module):
         diff, nondiff = self.axes or (None, None)
         return (diff, *of_x), (nondiff, *of_rest)
 
-    def _evaluate(
-        self, fn: Function, x: tuple, rest: tuple, axes: tuple, run_time: Array | None
-    ) -> Evaluation:
-        """`fn(x, rest)`, of all lanes if there are any, and its pull-back; isolated,
-        if something is given that is not known before run time."""
+    def _call(self, fn: Function, x: tuple, rest: tuple, axes: tuple) -> "_Call":
         if self.axes is not None:
             fn = eqx.filter_vmap(fn, in_axes=axes, axis_name=self.axis_name)
-        if run_time is None:
-            return evaluate(fn, x, rest)
-        return evaluate_isolated(fn, x, rest, run_time)
+        return _Call(fn, x, rest)
+
+
+class _Call(NamedTuple):
+    """A function, of all lanes if there are any, and what it is to be called with."""
+
+    fn: Function
+    x: tuple
+    rest: tuple
+
+    def evaluate(self, run_time: Array | None, *, keeps: bool = False) -> Evaluation:
+        """`fn(x, rest)` and its pull-back; isolated, if something is given that is not
+        known before run time."""
+        if run_time is not None:
+            return evaluate_isolated(*self, run_time)
+        return (evaluate_with_residuals if keeps else evaluate)(*self)
 
 
 def _rounded(core: Core, leg: Leg) -> Core:

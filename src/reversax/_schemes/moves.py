@@ -32,6 +32,7 @@ from jaxtyping import Array, Bool, PyTree
 from .._numbers.arithmetic import AbstractArithmetic, Code
 from .._xla.isolation import Evaluation
 from .control import Leg
+from .kept import Kept, value_of
 
 Codes = tuple[Code, ...]
 """The parts of a state, in an arithmetic. Of their values the tree is the same."""
@@ -61,16 +62,6 @@ def chosen(pred: Bool[Array, "..."], new: PyTree, old: PyTree) -> PyTree[Array]:
     return jtu.tree_map(leaf, new, old)
 
 
-class Kept(eqx.Module):
-    """A part that follows from others: what a field gave for them, to be used again."""
-
-    value: PyTree[Array]
-
-
-def value_of(arithmetic: AbstractArithmetic, part: Code | Kept) -> PyTree[Array]:
-    return part.value if isinstance(part, Kept) else arithmetic.decode(part)
-
-
 class Context(NamedTuple):
     """What the moves of a step act in."""
 
@@ -82,6 +73,9 @@ class Context(NamedTuple):
     each: Callable = lambda fn, *args: fn(None, *args)
     """`fn(lane, *args)`, lane by lane where a batch is walked over at once; `lane` has
     `shed(lost)`."""
+    keeps: bool = False
+    """Whether what is kept has its residuals, going back: each evaluation of it is
+    pulled back in the step, or in an earlier one, after that in which it was found."""
 
 
 class Cotangents(NamedTuple):
@@ -186,8 +180,12 @@ class Renew(AbstractMove):
         return _replaced(codes, self.kept, Kept(value)), None
 
     def undo(self, context: Context, codes: Codes):
-        a = context.arithmetic.decode(codes[self.reads])
-        evaluation = context.fields.evaluate(self.over, a)
+        a, fields = context.arithmetic.decode(codes[self.reads]), context.fields
+        if context.keeps:
+            residuals = codes[self.kept].residuals
+            evaluation = fields.pull_back_again(self.over, a, residuals)
+        else:
+            evaluation = fields.evaluate(self.over, a)
         return _replaced(codes, self.kept, Kept(None)), evaluation
 
     def pull(self, context: Context, met, ct: Cotangents, ct_met=None):
@@ -208,9 +206,10 @@ class Recall(AbstractMove):
         return codes, None
 
     def undo(self, context: Context, codes: Codes):
-        a = context.arithmetic.decode(codes[self.reads])
-        value = context.fields.evaluate(self.over, a).value[0]
-        return _replaced(codes, self.kept, Kept(value)), None
+        a, keeps = context.arithmetic.decode(codes[self.reads]), context.keeps
+        found = context.fields.evaluate(self.over, a, keeps=keeps)
+        kept = Kept(found.value[0], found.residuals if keeps else None)
+        return _replaced(codes, self.kept, kept), None
 
     def pull(self, context: Context, met, ct: Cotangents, ct_met=None):
         return ct, None

@@ -15,7 +15,8 @@ from .._numbers.arithmetic import AbstractArithmetic, State
 from .._numbers.fixed_point import parts_of, whole
 from .._xla.guard import with_derivative_of
 from .control import Control, times
-from .moves import Codes, Cotangents, Kept
+from .kept import Kept
+from .moves import Codes, Cotangents
 from .multistep_weights import Weights
 
 BITS = 32

@@ -33,7 +33,8 @@ the problem itself.
 
 Where a step begins with the field that the one before ended with, as in (RH3) and the
 next (RH1), its value is kept as one more part of the state: one evaluation a step, and
-going back one more, without a pull-back, which finds again what was kept.
+going back one, which finds again what was kept, and of which the residuals are handed
+on to the step before, that pulls it back.
 """
 
 import abc
@@ -219,6 +220,12 @@ class AbstractReusing(AbstractNative):
 
     def _kept_leg(self, t: Time) -> Leg:
         return Leg(t, t, np.float32(1), None, VF)
+
+    def residuals(self, context: Context, span: Span, codes: Codes) -> list | None:
+        if not self.reuses:
+            return None
+        at = self._kept_leg(span.end), self.arithmetic.decode(codes[self.kept_of])
+        return [context.fields.evaluate(*at, keeps=True).residuals]
 
     @property
     def prepares(self) -> bool:

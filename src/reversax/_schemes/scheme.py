@@ -23,15 +23,14 @@ from .._numbers.schedule import AbstractSchedule, Count, Index
 from .control import Control, Time
 from .fields import Fields
 from .increment import AbstractIncrement
+from .kept import Kept, value_of
 from .moves import (
     Codes,
     Context,
-    Kept,
     Moves,
     Otherwise,
     Trail,
     take,
-    value_of,
 )
 from .problem import Problem
 
@@ -212,6 +211,11 @@ class AbstractScheme(AbstractRecorded):
         moves = self.first_moves(span, control)
         context = Context(self.arithmetic, fields)
         return take(moves, context, self.with_kept(codes))[0]
+
+    def residuals(self, context: Context, span: Span, codes: Codes) -> list | None:
+        """Of what is kept after a step, as [`Kept`][] has them; `None` if nothing is
+        kept that is pulled back."""
+        return None
 
     def reusing(self) -> "AbstractScheme":
         """The same, for steps of which each begins where the one before ended."""

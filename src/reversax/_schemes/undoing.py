@@ -12,6 +12,7 @@ import jax.tree_util as jtu
 from .._xla.isolation import Evaluation
 from .control import Leg
 from .fields import Fields
+from .kept import bare, residuals_of, with_residuals
 from .moves import (
     Codes,
     Context,
@@ -34,6 +35,8 @@ class Undoing(NamedTuple):
     codes: Codes
     """At its end, as the cotangents are."""
     ct: Cotangents
+    residuals: list | None = None
+    """Of what is kept, if its evaluations are pulled back from these."""
 
 
 class Undone(NamedTuple):
@@ -41,6 +44,7 @@ class Undone(NamedTuple):
 
     codes: Codes
     ct: Cotangents
+    residuals: list | None
     ct_span: Span | None
     """If the times are differentiated."""
     observed: Any
@@ -71,34 +75,46 @@ def undo_and_pull_step(
     evaluation = fields.evaluate_control(*scheme.control_span(span))
     make = ft.partial(scheme.moves, lost=undoing.lost)
     moves, pull_legs = _moves_and_pull(make, fields, span, evaluation)
-    codes1, ct, observed = undoing.codes, undoing.ct, None
+    codes1, context = _with_residuals(context, undoing)
+    ct, observed = undoing.ct, None
     if observe is None:
         codes0, ct, ct_legs = undo_and_pull(moves, context, codes1, ct)
+        codes0, residuals = bare(codes0), residuals_of(codes0)
     else:
         trail = undo(moves, context, codes1)
+        residuals = residuals_of(trail.codes[0])
+        trail = trail._replace(codes=[bare(codes) for codes in trail.codes])
         codes0, dense = trail.codes[0], scheme.dense(context, moves, trail)
         ct_info, observed = observe(codes0, dense.info)
         more = dense.pull(ct_info)
         ct = ct._replace(parameters=add_some(ct.parameters, more.parameters))
         ct, ct_legs = pull(moves, context, trail, ct, more.otherwise)
         ct_legs = add_some(ct_legs, more.legs)
-    undone = Undone(codes0, ct, None, observed)
+    undone = Undone(codes0, ct, residuals if context.keeps else None, None, observed)
     if pull_legs is None:
         return undone
     return _pulled_to_times(scheme, span, evaluation, pull_legs(ct_legs)[0], undone)
 
 
+def _with_residuals(context: Context, undoing: Undoing) -> tuple[Codes, Context]:
+    if undoing.residuals is None:
+        return undoing.codes, context
+    codes = with_residuals(undoing.codes, undoing.residuals)
+    return codes, context._replace(keeps=True)
+
+
 def undo_and_pull_first(
-    scheme: AbstractScheme, context: Context, span: Span, codes: Codes, ct: Cotangents
+    scheme: AbstractScheme, context: Context, undoing: Undoing
 ) -> Undone:
     """What comes before the first step, undone and pulled back."""
     if not scheme.prepares:
-        return Undone(codes, ct, None, None)
-    fields = context.fields
+        return Undone(undoing.codes, undoing.ct, None, None, None)
+    fields, span = context.fields, undoing.span
     evaluation = fields.evaluate_control(*scheme.control_span(span))
     moves, pull_legs = _moves_and_pull(scheme.first_moves, fields, span, evaluation)
-    codes, ct, ct_legs = undo_and_pull(moves, context, codes, ct)
-    undone = Undone(codes, ct, None, None)
+    codes, context = _with_residuals(context, undoing)
+    codes, ct, ct_legs = undo_and_pull(moves, context, codes, undoing.ct)
+    undone = Undone(codes, ct, None, None, None)
     if pull_legs is None:
         return undone
     return _pulled_to_times(scheme, span, evaluation, pull_legs(ct_legs)[0], undone)

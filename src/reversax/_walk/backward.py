@@ -61,6 +61,9 @@ class Carry(eqx.Module):
     num_shed: Count
     """How many bits of each number they lost."""
     codes: Codes
+    residuals: list | None
+    """Of what the scheme keeps, as [`residuals_of`][] has them; `None` if each is
+    evaluated again to be pulled back."""
     ct_values: Values
     ct_parameters: Parameters
     ct_clock: Clock | None
@@ -145,7 +148,7 @@ class Walk(eqx.Module):
         if self.lane.dense:
             pull = lambda _, info: self._pull_inside(index, span, info, carry, mask)
             observe = pull
-        undoing = Undoing(span, lost, carry.codes, ct)
+        undoing = Undoing(span, lost, carry.codes, ct, carry.residuals)
         undone = undo_and_pull_step(self.lane.scheme, self.context, undoing, observe)
         saved, interval = carry.saved, None
         if undone.observed is not None:
@@ -163,6 +166,7 @@ class Walk(eqx.Module):
             num_steps=jnp.maximum(carry.num_steps - 1, 0),
             num_shed=lost.before,
             codes=codes0,
+            residuals=None,
             ct_values=undone.ct.parts,
             ct_parameters=nothing,
             ct_clock=None,
@@ -170,11 +174,12 @@ class Walk(eqx.Module):
             scale=scale,
             round_trips=errors,
         )
-        # (The others have only what is active added.)
-        places = lambda c: (c.ct_parameters, c.ct_clock)
+        # (The others have only what is active added; and residuals are used in lanes
+        # that are active alone.)
+        places = lambda c: (c.ct_parameters, c.ct_clock, c.residuals)
         is_none = lambda x: x is None
-        old = eqx.tree_at(places, carry, (None, None), is_leaf=is_none)
-        summed = Parameters(undone.ct.parameters, ct_fns), ct_clock
+        old = eqx.tree_at(places, carry, (None, None, None), is_leaf=is_none)
+        summed = Parameters(undone.ct.parameters, ct_fns), ct_clock, undone.residuals
         return eqx.tree_at(places, if_active(new, old), summed, is_leaf=is_none)
 
     def _pull_inside(

@@ -17,8 +17,8 @@ from jaxtyping import Array, PyTree
 from .._numbers.schedule import Count, Index
 from .._schemes.fields import Lanes
 from .._schemes.moves import Codes, Cotangents, add_trees
-from .._schemes.scheme import Values, plain
-from .._schemes.undoing import undo_and_pull_first
+from .._schemes.scheme import Lost, Values, plain
+from .._schemes.undoing import Undoing, undo_and_pull_first
 from .._schemes.watch import Scale
 from .._xla.batching import Axes, batch_aware
 from .._xla.guard import forward_only
@@ -138,7 +138,11 @@ def _walk_back_and_check(
     ct_values = add_trees(carry.ct_values, at_start.values)
     first = walk.each(lambda lane: lane.timeline.first())
     ct_begun = Cotangents(ct_values, carry.ct_parameters.fields)
-    begun = undo_and_pull_first(scheme, walk.context, first, carry.codes, ct_begun)
+    nothing_lost = Lost(0, 0)
+    # (Of lanes that were idle for some time they may be those of another state.)
+    of_kept = carry.residuals if axes is None else None
+    begun = Undoing(first, nothing_lost, carry.codes, ct_begun, of_kept)
+    begun = undo_and_pull_first(scheme, walk.context, begun)
     ct_codes = scheme.cotangent(codes0, begun.ct.parts)
     ct_clock: Any = walk.lane.timeline.diff
     if walk.lane.times:
@@ -228,6 +232,7 @@ def _first_carry(
         num_steps=num_steps,
         num_shed=residuals.num_shed,
         codes=codes1,
+        residuals=_first_residuals(walk, codes1, num_steps),
         ct_values=add_trees(ct_values, at_end.values),
         ct_parameters=Parameters(ct_fields, walk.add_fns(ct_fns, at_end.fns)),
         ct_clock=ct_clock,
@@ -235,6 +240,16 @@ def _first_carry(
         scale=scale,
         round_trips=walk.each(Lane.no_errors_yet, scale),
     )
+
+
+def _first_residuals(walk: Walk, codes1: Codes, num_steps: Index) -> list | None:
+    """Of what is kept at the end of a solve. A state that is kept to restart from may
+    be another than the one that they belong to, by a rounding."""
+    if walk.lane.tape.record.codes is not None:
+        return None
+    last_of = lambda lane, num_steps: lane.timeline.last_of(num_steps)[1]
+    span = walk.each(last_of, num_steps)
+    return walk.lane.scheme.residuals(walk.context, span, codes1)
 
 
 def _finish(ct: Parts, zeros: Array, parts: Parts, axes: Axes | None):

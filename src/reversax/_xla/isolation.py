@@ -92,6 +92,9 @@ class Evaluation(NamedTuple):
     value: PyTree[Array]
     other: PyTree[Any]
     pull: Callable[[PyTree[Array]], tuple[PyTree[Array]]]
+    residuals: list[Array] | None = None
+    """What was computed for the pull-back alone: with the same `fn`, `x` and `rest` it
+    is had again from these, by [`pull_back_again`][]. `None` if none were asked for."""
 
 
 Function = Callable[[Any, Any], tuple[PyTree[Array], PyTree[Any]]]
@@ -162,6 +165,84 @@ def evaluate_isolated(
     **Arguments:** as for `evaluate`, with all that `fn` depends on in `x` and `rest`;
     `run_time`, an array of numbers not known before run time, such as a time.
     """
+    program = _program_of(fn, x, rest)
+    jaxpr, operands = program.jaxpr, program.operands
+    zero = run_time_zero(run_time)
+    if any(map(keeps_out_of_kernels, equations_of(jaxpr.jaxpr))):
+        in_branch = lambda _, *operands: jax.extend.core.jaxpr_as_fun(jaxpr)(*operands)
+    else:
+        in_branch = lambda zero, *operands: with_rounded_products(jaxpr, zero, operands)
+    new = lax.cond(
+        zero > -1,
+        in_branch,
+        lambda *_: [_nothing(x) for x in jaxpr.out_avals],
+        zero,
+        *operands,
+    )
+    return program.evaluation(_keep_alive(zero, new))
+
+
+def evaluate_with_residuals(fn: Function, x: PyTree[Array], rest: PyTree) -> Evaluation:
+    """`evaluate(fn, x, rest)`, with its residuals."""
+    program = _program_of(fn, x, rest)
+    new = jax.extend.core.jaxpr_as_fun(program.jaxpr)(*program.operands)
+    return program.evaluation(new)
+
+
+def pull_back_again(
+    fn: Function, x: PyTree[Array], rest: PyTree, residuals: list[Array]
+) -> Evaluation:
+    """The pull-back of `evaluate_isolated(fn, x, rest, ...)`, or of
+    `evaluate_with_residuals(fn, x, rest)`, from the residuals of that: nothing is
+    evaluated. The value is not known, only what it looks like."""
+    program = _program_of(fn, x, rest)
+    results = [jnp.zeros(x.shape, x.dtype) for x in program.results]
+    return program.evaluation([*results, *residuals])
+
+
+class _Program(NamedTuple):
+    """An evaluation, as a program for what is computed in it, and what is made of that
+    and of the operands."""
+
+    jaxpr: Any
+    operands: list[Array]
+    others: Evaluation
+    """What are no arrays."""
+    treedef: Any
+    """Of the arrays."""
+    sources: list[int | None]
+    """Which of the operands each array is; `None` if it is computed."""
+    kinds: list[Any]
+    num_results: int
+    """How many of them are of the value and what is beside it, which come first."""
+
+    @property
+    def results(self) -> list[Any]:
+        """What is computed of these."""
+        number = sum(i is None for i in self.sources[: self.num_results])
+        return self.jaxpr.out_avals[:number]
+
+    def evaluation(self, new: Sequence[Array]) -> Evaluation:
+        """Of what was computed."""
+        computed = iter(new)
+        leaves = [
+            _from_raw(next(computed), kind) if i is None else self.operands[i]
+            for i, kind in zip(self.sources, self.kinds, strict=True)
+        ]
+        evaluation = eqx.combine(self.treedef.unflatten(leaves), self.others)
+        return evaluation._replace(residuals=list(new[len(self.results) :]))
+
+
+def _program_of(fn: Function, x: PyTree[Array], rest: PyTree) -> _Program:
+    fn, plain = _traced(fn, x, rest)
+    # `jax.checkpoint` would repeat side effects, such as printing, cannot keep complex
+    # numbers, and keeps by its policy what one inside it was not to keep.
+    if plain.effects or _has_complex(plain.jaxpr) or _has_checkpoint(plain.jaxpr):
+        return _program_as_it_is(fn, x, rest)
+    return _program_as_it_is(_thrifty(fn), x, rest)
+
+
+def _program_as_it_is(fn: Function, x: PyTree[Array], rest: PyTree) -> _Program:
     arrays, static = eqx.partition((x, rest), eqx.is_array)
     operands, treedef = jtu.tree_flatten(arrays)
     noted: list = []
@@ -174,36 +255,12 @@ def evaluate_isolated(
         # Tracers, so that what is the same is identical.
         sources = [_position(leaf, operands) for leaf in leaves]
         kinds = [jax.typeof(leaf).dtype for leaf in leaves]
-        noted.append((others, leaves_treedef, sources, kinds))
+        num_results = len(jtu.tree_leaves(arrays[:2]))
+        noted.append((others, leaves_treedef, sources, kinds, num_results))
         return [_raw(x) for x, i in zip(leaves, sources, strict=True) if i is None]
 
-    fn, plain = _traced(fn, x, rest)
-    # `jax.checkpoint` would repeat side effects, such as printing, cannot keep complex
-    # numbers, and keeps by its policy what one inside it was not to keep.
-    may_be_thrifty = not (
-        plain.effects or _has_complex(plain.jaxpr) or _has_checkpoint(plain.jaxpr)
-    )
-    traced = ft.partial(run, _thrifty(fn) if may_be_thrifty else fn)
-    jaxpr, shapes = jax.make_jaxpr(traced, return_shape=True)(*operands)
-    zero = run_time_zero(run_time)
-    if any(map(keeps_out_of_kernels, equations_of(jaxpr.jaxpr))):
-        in_branch = lambda _, *operands: jax.extend.core.jaxpr_as_fun(jaxpr)(*operands)
-    else:
-        in_branch = lambda zero, *operands: with_rounded_products(jaxpr, zero, operands)
-    new = lax.cond(
-        zero > -1,
-        in_branch,
-        lambda *_: [_nothing(x) for x in shapes],
-        zero,
-        *operands,
-    )
-    others, leaves_treedef, sources, kinds = noted[-1]
-    new = iter(_keep_alive(zero, new))
-    leaves = [
-        _from_raw(next(new), kind) if i is None else operands[i]
-        for i, kind in zip(sources, kinds, strict=True)
-    ]
-    return eqx.combine(leaves_treedef.unflatten(leaves), others)
+    jaxpr = jax.make_jaxpr(ft.partial(run, fn))(*operands)
+    return _Program(jaxpr, operands, *noted[-1])
 
 
 def _traced(fn: Function, x: PyTree[Array], rest: PyTree) -> tuple[Function, Any]:
@@ -219,7 +276,7 @@ def _traced(fn: Function, x: PyTree[Array], rest: PyTree) -> tuple[Function, Any
     return of_program, jaxpr
 
 
-def _nothing(like: jax.ShapeDtypeStruct) -> Array:
+def _nothing(like: Any) -> Array:
     fill = jnp.nan if jnp.issubdtype(like.dtype, jnp.inexact) else 0
     return jnp.full(like.shape, fill, like.dtype)
 
