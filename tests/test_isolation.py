@@ -81,3 +81,18 @@ def test_the_first_evaluation_has_its_bits_where_times_are_numbers_known_beforeh
 
     ct = jax.block_until_ready(jax.jit(jax.grad(loss))(jnp.ones(5)))
     assert jnp.isfinite(ct).all()  # The certificate raises if a bit was off.
+
+
+def test_of_a_large_stencil_what_it_gives_is_kept_and_not_what_it_reads():
+    """Five arrays, of which the sixth follows by additions alone."""
+
+    def field(x, _):
+        strength, y = x
+        around = [jnp.roll(y, by, axis) for by in (1, -1) for axis in (0, 1)]
+        return strength * (sum(around) - 4 * y), None
+
+    for side, number in ((64, 5), (256, 1)):  # Of few bytes it does not matter.
+        y = jnp.ones((side, side), jnp.float32)
+        evaluation = evaluate_isolated(field, (jnp.ones(()), y), None, jnp.zeros(()))
+        kept = [x for x in evaluation.residuals if x.shape == y.shape]
+        assert len(kept) == number

@@ -222,6 +222,11 @@ class _Program(NamedTuple):
         number = sum(i is None for i in self.sources[: self.num_results])
         return self.jaxpr.out_avals[:number]
 
+    @property
+    def bytes_of_residuals(self) -> int:
+        residuals = self.jaxpr.out_avals[len(self.results) :]
+        return sum(x.size * x.dtype.itemsize for x in residuals)
+
     def evaluation(self, new: Sequence[Array]) -> Evaluation:
         """Of what was computed."""
         computed = iter(new)
@@ -233,13 +238,22 @@ class _Program(NamedTuple):
         return evaluation._replace(residuals=list(new[len(self.results) :]))
 
 
+_FEW_BYTES = 2**17
+"""Of residuals, about which it does not matter how many they are."""
+
+
 def _program_of(fn: Function, x: PyTree[Array], rest: PyTree) -> _Program:
     fn, plain = _traced(fn, x, rest)
     # `jax.checkpoint` would repeat side effects, such as printing, cannot keep complex
     # numbers, and keeps by its policy what one inside it was not to keep.
     if plain.effects or _has_complex(plain.jaxpr) or _has_checkpoint(plain.jaxpr):
         return _program_as_it_is(fn, x, rest)
-    return _program_as_it_is(_thrifty(fn), x, rest)
+    thrifty = _program_as_it_is(_thrifty(fn), x, rest)
+    if thrifty.bytes_of_residuals <= _FEW_BYTES:
+        return thrifty
+    # What follows at no cost may follow from many: a stencil from its neighbours.
+    programs = _program_as_it_is(fn, x, rest), thrifty
+    return min(programs, key=lambda program: program.bytes_of_residuals)
 
 
 def _program_as_it_is(fn: Function, x: PyTree[Array], rest: PyTree) -> _Program:
