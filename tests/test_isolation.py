@@ -94,5 +94,6 @@ def test_of_a_large_stencil_what_it_gives_is_kept_and_not_what_it_reads():
     for side, number in ((64, 5), (256, 1)):  # Of few bytes it does not matter.
         y = jnp.ones((side, side), jnp.float32)
         evaluation = evaluate_isolated(field, (jnp.ones(()), y), None, jnp.zeros(()))
+        assert evaluation.residuals is not None
         kept = [x for x in evaluation.residuals if x.shape == y.shape]
         assert len(kept) == number
