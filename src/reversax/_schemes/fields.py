@@ -220,7 +220,7 @@ def _rounded(core: Core, leg: Leg) -> Core:
 
 
 def _of_lane(fields: Fields, method: str, *args) -> Evaluation:
-    """`method(*args)` of one lane, without its pull-back. It becomes that of
+    """`method(*args)` of one lane, without what pulls it back. It becomes that of
     all lanes as soon as `vmap` is applied: just as the backward pass evaluates it,
     not what `vmap` would make of the evaluation in one lane."""
     if fields.axes is None:
@@ -246,7 +246,7 @@ def _of_lane(fields: Fields, method: str, *args) -> Evaluation:
         diff, nondiff, args = eqx.combine(treedef.unflatten(flat), static)
         options = (fields.isolated, fields.error, fields.dense, fields.times)
         same = Fields(diff, nondiff, axes, fields.axis_name, *options)
-        evaluation = getattr(same, method)(*args)._replace(pull=None)
+        evaluation = getattr(same, method)(*args)._replace(pull=None, residuals=None)
         arrays, others = eqx.partition(evaluation, eqx.is_array)
         noted.append(others)
         return arrays
