@@ -137,6 +137,24 @@ def test_lanes_have_their_own_lengths():
     assert relative_difference(gradient, oracle) < 1e-11
 
 
+def test_a_lane_that_is_done_has_no_part_in_what_the_others_evaluate():
+    """Of a field that is not defined where no solution goes: zero times NaN is NaN."""
+    t1s = jnp.array([0.2, 2.0])
+
+    def loss(args, solver, adjoint):
+        def one(t1):
+            known = dict(adjoint=adjoint, max_steps=40)
+            term = dfx.ODETerm(lambda t, y, args: args * jnp.sqrt(y - 0.99))
+            return dfx.diffeqsolve(term, solver, 0, t1, 0.05, 1.0, args, **known).ys
+
+        return jnp.sum(jax.vmap(one)(t1s) ** 2)
+
+    gradient = jax.jit(jax.grad(lambda a: loss(a, method(6), OURS)))(0.7)
+    plain = method(6, "floating-point")
+    oracle = jax.jit(jax.grad(lambda a: loss(a, plain, DIRECT)))(0.7)
+    assert abs(gradient - oracle) < 1e-11 * abs(oracle)
+
+
 def test_steps_are_made_equal():
     """Where `dt0` does not divide the time: 67 steps of 2/67, not of 0.03."""
     known = dict(max_steps=67, saveat=dfx.SaveAt(steps=True, t0=True))

@@ -10,8 +10,8 @@ class Kept(eqx.Module):
     """A part that follows from others: what a field gave for them, to be used again."""
 
     value: PyTree[Array]
-    residuals: list[Array] | None = None
-    """Of its evaluation, where they are kept from one step to the next one back. (With
+    residuals: PyTree[Array] = None
+    """Of its evaluations, where they are kept from one step to the next one back. (With
     lanes they are of all together, and may have no axis of lanes.)"""
 
 

@@ -16,10 +16,10 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from .._numbers.arithmetic import AbstractArithmetic, State
-from .._numbers.schedule import AbstractSchedule, Count, Index, Seldom
+from .._numbers.schedule import Index
 from .._xla.closure import closed
 from .._xla.guard import with_derivative_of
 from .._xla.isolation import rounded_product
@@ -31,18 +31,13 @@ from .increment import (
     check_like_state,
     make_increment,
 )
-from .moves import (
-    Codes,
-    Moves,
-    Repeated,
-    stacked,
-)
+from .moves import Codes, Context, Moves, Repeated, stacked
 from .multistep_dense import AbstractWindowed, WindowInterpolation
-from .multistep_moves import Correct, Extend
+from .multistep_moves import Correct, Extend, as_born
 from .multistep_start import Launch, Slope, Turn
 from .multistep_weights import AHEAD, ALONE, BEHIND, Weights
 from .multistep_window import (
-    BITS,
+    Ring,
     Window,
     increment,
     rounded,
@@ -165,18 +160,12 @@ class Multistep(AbstractWindowed):
         over = Leg(span.start, span.end, one, control, SUM)
         at = lambda j: Leg(_time(grid, j), _time(grid, j), one, None, FIELD)
         oldest = jnp.maximum(index - (k - 1), 0)
-        born = 0
-        if self.correct_every is not None:
-            every = self.correct_every
-            last = (index + 1) // every * every - 1
-            sign = 1 - 2 * ((oldest + k - 1 - last) % 2)
-            born = jnp.where((last >= 0) & (last >= oldest), sign, 0)
         extend = Extend(
             over=over,
             at_newest=at(index + 1),
             at_oldest=at(oldest),
             full=index >= k - 1,
-            born=born,
+            born=_born(self, index, oldest),
             third=self.third_point(span),
             weights=self.weights,
         )
@@ -184,27 +173,29 @@ class Multistep(AbstractWindowed):
             return (extend,)
         return Correct(over, lost, self.weights), extend
 
-    # What a step loses.
+    def residuals(
+        self, context: Context, span: Span, index: Index, codes: Codes
+    ) -> list | None:
+        grid, k, index = _grid_of(span), self.weights.steps, jnp.asarray(index)
+        window = Window.of(codes, k)
+        # (Of fewer steps than that, some times are others: they are not pulled back.)
+        which = [jnp.maximum(index + 2 - k + j, 0) for j in range(k)]
+        values = [
+            as_born(context, value, window.correction, _born(self, index, i))
+            for value, i in zip(window.values, which, strict=True)
+        ]
 
-    @property
-    def sheds(self) -> bool:
-        return self.correct_every is not None
+        def evaluated(_, at):
+            t, y = at
+            leg = Leg(t, t, np.float32(1), None, FIELD)
+            return None, context.fields.evaluate(leg, y, keeps=True).residuals
 
-    @property
-    def what_is_kept(self) -> str:
-        return (
-            f"a correction of {BITS} bits for each element of the state is recorded at "
-            f"every {self.correct_every} steps (`reversax.SymmetricMultistep("
-            "correct_every=None)` makes none)"
-        )
-
-    def schedule(self, start: Index, chosen: AbstractSchedule) -> AbstractSchedule:
-        if self.correct_every is None:
-            return super().schedule(start, chosen)
-        return Seldom(BITS, self.correct_every)
-
-    def shed(self, codes0: Codes, codes1: Codes, bits: Count) -> PyTree[Array]:
-        return Window.of(codes1, self.weights.steps).correction
+        stack = lambda *xs: jnp.stack(xs)
+        ends = jnp.stack([_time(grid, i) for i in which])
+        ys = jtu.tree_map(stack, *values)
+        _, rows = lax.scan(evaluated, None, (ends, ys))
+        ring = Ring(rows, jnp.int32(k - 1))
+        return [ring] if window.correction is None else [ring, None]
 
     def third_point(self, span: Span) -> Array:
         grid = _grid_of(span)
@@ -233,6 +224,17 @@ class Multistep(AbstractWindowed):
             "successive steps alternate by more than a sixteenth of the state, so that "
             "the solution is not to be used."
         )
+
+
+def _born(scheme: Multistep, index: Index, of: Index) -> Any:
+    """The sign by which the last correction, until the step `index`, is in this value
+    of the window after it, 1 or -1; or 0."""
+    if scheme.correct_every is None:
+        return 0
+    k, every = scheme.weights.steps, scheme.correct_every
+    last = (index + 1) // every * every - 1
+    sign = 1 - 2 * ((of + k - 1 - last) % 2)
+    return jnp.where((last >= 0) & (last >= of), sign, 0)
 
 
 def _grid_of(span: Span) -> Grid:

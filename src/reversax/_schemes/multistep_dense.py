@@ -12,11 +12,12 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._numbers.arithmetic import State
+from .._numbers.schedule import AbstractSchedule, Count, Index, Seldom
 from .control import Control, Time, times
 from .moves import Codes, Context, Moves, Otherwise, Trail, add_some
 from .multistep_moves import Extend
 from .multistep_weights import AHEAD, Weights, dense_weights
-from .multistep_window import Window, sum_of, zeros_of
+from .multistep_window import BITS, Window, sum_of, zeros_of
 from .native import AbstractNative
 from .scheme import CotangentsOfDense, Dense, Span
 
@@ -77,6 +78,30 @@ class AbstractWindowed(AbstractNative):
     weights: eqx.AbstractVar[Weights]
     correct_every: eqx.AbstractVar[int | None]
     equal_steps: ClassVar[bool] = True
+
+    # What a step loses.
+
+    @property
+    def sheds(self) -> bool:
+        return self.correct_every is not None
+
+    @property
+    def what_is_kept(self) -> str:
+        return (
+            f"a correction of {BITS} bits for each element of the state is recorded at "
+            f"every {self.correct_every} steps (`reversax.SymmetricMultistep("
+            "correct_every=None)` makes none)"
+        )
+
+    def schedule(self, start: Index, chosen: AbstractSchedule) -> AbstractSchedule:
+        if self.correct_every is None:
+            return super().schedule(start, chosen)
+        return Seldom(BITS, self.correct_every)
+
+    def shed(self, codes0: Codes, codes1: Codes, bits: Count) -> PyTree[Array]:
+        return Window.of(codes1, self.weights.steps).correction
+
+    # What lies between the ends of a step.
 
     @abc.abstractmethod
     def third_point(self, span: Span) -> Array:

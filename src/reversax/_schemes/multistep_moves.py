@@ -19,7 +19,9 @@ What (M1) adds depends neither on `w_0` nor on `f_0`, so it is taken back to the
 and (C2) since `D`, which is kept, is added again. What (M3) dropped was evaluated when
 its value was new. A correction since then, of which there is one at most, as they are
 `k` steps apart or more, is in the state, so the value as it was is known: one
-evaluation, beside that of the newest for its pull-back.
+evaluation. Its residuals are kept for the `k` steps until it is pulled back, in place
+of those of the newest, which then are. (Where states are kept to restart from, the
+newest is evaluated again to be pulled back.)
 """
 
 from collections.abc import Callable
@@ -32,13 +34,15 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree
 
-from .._numbers.arithmetic import AbstractArithmetic, State
+from .._numbers.arithmetic import AbstractArithmetic, Code, State
 from .._xla.compat import unvmap_any
 from .control import Control, Leg, times
+from .kept import bare, residuals_of, with_residuals
 from .moves import AbstractMove, Codes, Context, Cotangents, add_trees, chosen
 from .multistep_weights import Weights
 from .multistep_window import (
     BITS,
+    Ring,
     Slopes,
     Window,
     amplitude,
@@ -60,6 +64,18 @@ def _where(pred: Bool[Array, "..."], fn: Callable, otherwise: Callable, *args) -
     """`fn(*args)`, or, if `pred` holds in no lane of a batch, `otherwise(*args)`: `fn`
     sees to the lanes in which it does not hold."""
     return lax.cond(unvmap_any(jnp.any(pred)), fn, otherwise, *args)
+
+
+def as_born(
+    context: Context, value: Code, correction: PyTree[Array] | None, born: Any
+) -> State:
+    """A value as it was before the last correction, which is in it by `born`, (C2)."""
+    arithmetic = context.arithmetic
+    if correction is not None:
+        by = restored(correction, arithmetic.decode(value))
+        by = context.each(lambda _, sign, x: times(sign, x), born, by)
+        value = arithmetic.add(value, by)
+    return arithmetic.decode(value)
 
 
 class Correct(AbstractMove):
@@ -108,8 +124,11 @@ class Correct(AbstractMove):
             new = Window(values, window.slopes, self._before(context)).codes
             return chosen(self._due, new, codes)
 
+        # Residuals, which do not change, would be copied.
+        residuals, codes = residuals_of(codes), bare(codes)
         codes = _where(self._due, uncorrected, lambda codes: codes, codes)
-        return codes, Window.of(codes, self.weights.steps).slopes
+        slopes = Window.of(codes, self.weights.steps).slopes
+        return with_residuals(codes, residuals), slopes
 
     def _before(self, context: Context) -> PyTree[Array]:
         """The correction before this one, if there was one."""
@@ -186,23 +205,34 @@ class Extend(AbstractMove):
         return Window(values, slopes, window.correction).codes, None
 
     def undo(self, context: Context, codes: Codes):
+        codes, ring = _taken(codes, self.weights.steps)
+        codes, met = self._undo(context, codes)
+        return _given(codes, self.weights.steps, ring), met
+
+    def _undo(self, context: Context, codes: Codes):
+        """With the residuals of the newest derivative; then those of the oldest."""
         after, arithmetic = Window.of(codes, self.weights.steps), context.arithmetic
         values, slopes = turned_back(after.values), turned_back(after.slopes)
         newest = arithmetic.decode(after.values[-1])
         reads = differences(arithmetic, values), slopes[1:]
         evaluated = context.fields.evaluate(self.over, reads)
         value = arithmetic.subtract(values[0], evaluated.value[0])  # (M1)
-        was = value
-        if after.correction is not None:
-            by = restored(after.correction, newest)
-            by = context.each(lambda _, sign, x: times(sign, x), self.born, by)
-            was = arithmetic.add(value, by)  # (C2)
-        at = self.at_oldest, arithmetic.decode(was)
-        slope = context.fields.evaluate(*at).value[0]  # (M3)
-        new = chosen(self.full, (value, slope), (values[0], slopes[0]))
-        before = Window((new[0], *values[1:]), (new[1], *slopes[1:]), after.correction)
-        met = evaluated, context.fields.evaluate(self.at_newest, newest)
-        return before.codes, met
+        was = as_born(context, value, after.correction, self.born)
+        if after.residuals is None:
+            found = context.fields.evaluate(self.at_oldest, was)
+            at_newest = context.fields.evaluate(self.at_newest, newest)
+        else:
+            # In lanes that are turned only, what is evaluated is pulled back as well,
+            # times zero: it must not be what no solve would meet.
+            was = chosen(self.full, was, newest)
+            found = context.fields.evaluate(self.at_oldest, was, keeps=True)
+            known = self.at_newest, newest, after.residuals
+            at_newest = context.fields.pull_back_again(*known)
+        new = chosen(self.full, (value, found.value[0]), (values[0], slopes[0]))  # (M3)
+        residuals = None if after.residuals is None else found.residuals
+        values, slopes = (new[0], *values[1:]), (new[1], *slopes[1:])
+        before = Window(values, slopes, after.correction, residuals)
+        return before.codes, (evaluated, at_newest)
 
     def pull(self, context: Context, met, ct: Cotangents, ct_met=None):
         evaluated, at_newest = met
@@ -227,8 +257,11 @@ class Extend(AbstractMove):
         return before._replace(parameters=parameters), (ct_over, ct_newest_leg)
 
     def undo_and_pull(self, context: Context, codes: Codes, ct: Cotangents):
-        full = super().undo_and_pull
         steps = self.weights.steps
+
+        def undone(codes, ct):
+            codes, met = self._undo(context, codes)
+            return codes, *self.pull(context, met, ct)
 
         def turned(codes, ct):
             codes = Window.of(codes, steps).turned(turned_back).codes
@@ -236,5 +269,26 @@ class Extend(AbstractMove):
             nothing = [context.fields.varied(leg)[0] for leg in self.leg]
             return codes, cotangents_of(ct, ct_window), tuple(zeros_of(nothing))
 
-        undone = lambda codes, ct: full(context, codes, ct)
-        return _where(self.full, undone, turned, codes, ct)
+        # (The ring itself would be copied.)
+        codes, ring = _taken(codes, steps)
+        codes, *pulled = _where(self.full, undone, turned, codes, ct)
+        return _given(codes, steps, ring), *pulled
+
+
+def _taken(codes: Codes, steps: int) -> tuple[Codes, Ring | None]:
+    """With the residuals of the newest derivative alone; and all of them."""
+    window = Window.of(codes, steps)
+    ring = window.residuals
+    if ring is None:
+        return codes, None
+    taken = Window(window.values, window.slopes, window.correction, ring.taken())
+    return taken.codes, ring
+
+
+def _given(codes: Codes, steps: int, ring: Ring | None) -> Codes:
+    """Undoes that, with the residuals of the oldest."""
+    if ring is None:
+        return codes
+    window = Window.of(codes, steps)
+    ring = ring.given(window.residuals)
+    return Window(window.values, window.slopes, window.correction, ring).codes

@@ -13,6 +13,7 @@ the `f`s alike. ((M2) is that of `multistep_moves.py`.)
 import equinox as eqx
 
 from .control import Leg
+from .kept import bare
 from .moves import AbstractMove, Codes, Context, Cotangents, add_trees
 from .multistep_window import (
     Window,
@@ -106,7 +107,9 @@ class Turn(AbstractMove):
         return window.turned(turned).codes, None
 
     def undo(self, context: Context, codes: Codes):
-        return Window.of(codes, self.steps).turned(turned_back).codes, None
+        # (What comes before is evaluated again: a window that never was full has none
+        # of it.)
+        return Window.of(bare(codes), self.steps).turned(turned_back).codes, None
 
     def pull(self, context: Context, met, ct: Cotangents, ct_met=None):
         window = window_of_cotangents(ct, self.steps)

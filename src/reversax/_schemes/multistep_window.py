@@ -1,6 +1,7 @@
 """The window of a symmetric multistep method, and what is computed of it: the equations
 are those of `multistep_moves.py`."""
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from .._numbers.arithmetic import AbstractArithmetic, State
 from .._numbers.fixed_point import parts_of, whole
@@ -47,6 +48,33 @@ def turned_back(xs: tuple) -> tuple:
     return xs[-1], *xs[:-1]
 
 
+class Ring(eqx.Module):
+    """The residuals of the evaluations that derivatives of a window come from, in rows.
+
+    Going back, those of the oldest take the row of the newest, which is pulled back in
+    the same step: the others stay where they are.
+    """
+
+    rows: list[Array]
+    newest: Int[Array, ""]
+    """Which row is of the newest. (With lanes all go back from their own ends at once,
+    so that it is the same in all whose window is full.)"""
+
+    def taken(self) -> list[Array]:
+        """Those of the newest."""
+        take = ft.partial(lax.dynamic_index_in_dim, index=self.newest, keepdims=False)
+        return [take(x) for x in self.rows]
+
+    def given(self, residuals: list[Array]) -> "Ring":
+        """With these, of the oldest, in their place."""
+        rows = [
+            lax.dynamic_update_index_in_dim(x, new, self.newest, 0)
+            for x, new in zip(self.rows, residuals, strict=True)
+        ]
+        last = len(self.rows[0]) - 1 if self.rows else 0
+        return Ring(rows, jnp.where(self.newest > 0, self.newest - 1, last))
+
+
 class Window(eqx.Module):
     """A state, taken apart."""
 
@@ -54,19 +82,23 @@ class Window(eqx.Module):
     slopes: Slopes
     correction: PyTree[Array] | None
     """`None` of a method that does not correct."""
+    residuals: PyTree[Array] = None
+    """Those of the derivatives, if they are kept: a [`Ring`][], or what was taken."""
 
     @staticmethod
     def of(codes: Codes, steps: int) -> "Window":
         values, (slopes, *correction) = codes[:steps], codes[steps:]
-        return Window(values, slopes.value, correction[0].value if correction else None)
+        correction = correction[0].value if correction else None
+        return Window(values, slopes.value, correction, slopes.residuals)
 
     def turned(self, turn: Callable[[tuple], tuple]) -> "Window":
-        return Window(turn(self.values), turn(self.slopes), self.correction)
+        values, slopes = turn(self.values), turn(self.slopes)
+        return Window(values, slopes, self.correction, self.residuals)
 
     @property
     def codes(self) -> Codes:
         correction = () if self.correction is None else (Kept(self.correction),)
-        return *self.values, Kept(self.slopes), *correction
+        return *self.values, Kept(self.slopes, self.residuals), *correction
 
 
 # Of cotangents the parts are those of the values that codes stand for.

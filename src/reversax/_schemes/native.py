@@ -221,7 +221,9 @@ class AbstractReusing(AbstractNative):
     def _kept_leg(self, t: Time) -> Leg:
         return Leg(t, t, np.float32(1), None, VF)
 
-    def residuals(self, context: Context, span: Span, codes: Codes) -> list | None:
+    def residuals(
+        self, context: Context, span: Span, index: Index, codes: Codes
+    ) -> list | None:
         if not self.reuses:
             return None
         at = self._kept_leg(span.end), self.arithmetic.decode(codes[self.kept_of])

@@ -212,9 +212,11 @@ class AbstractScheme(AbstractRecorded):
         context = Context(self.arithmetic, fields)
         return take(moves, context, self.with_kept(codes))[0]
 
-    def residuals(self, context: Context, span: Span, codes: Codes) -> list | None:
+    def residuals(
+        self, context: Context, span: Span, index: Index, codes: Codes
+    ) -> list | None:
         """Of what is kept after a step, as [`Kept`][] has them; `None` if nothing is
-        kept that is pulled back."""
+        kept that is pulled back. (`index` says which step it is.)"""
         return None
 
     def reusing(self) -> "AbstractScheme":

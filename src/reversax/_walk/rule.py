@@ -247,9 +247,9 @@ def _first_residuals(walk: Walk, codes1: Codes, num_steps: Index) -> list | None
     be another than the one that they belong to, by a rounding."""
     if walk.lane.tape.record.codes is not None:
         return None
-    last_of = lambda lane, num_steps: lane.timeline.last_of(num_steps)[1]
-    span = walk.each(last_of, num_steps)
-    return walk.lane.scheme.residuals(walk.context, span, codes1)
+    last_of = lambda lane, num_steps: lane.timeline.last_of(num_steps)
+    index, span = walk.each(last_of, num_steps)
+    return walk.lane.scheme.residuals(walk.context, span, index, codes1)
 
 
 def _finish(ct: Parts, zeros: Array, parts: Parts, axes: Axes | None):
