@@ -18,7 +18,7 @@ ARGS, Y0 = network_arguments(), jnp.array([[0.3, -0.2, 0.5]])
 NUM_STEPS = 20
 
 
-def count_evaluations(base, adjoint, num_steps=NUM_STEPS, **kwargs):
+def count_evaluations(base, adjoint, num_steps=NUM_STEPS, y0=Y0, **kwargs):
     """Evaluations of the field at run time, each of which calls back once: in the
     forward pass and in the backward pass; and the accepted and the rejected steps."""
     evaluations = []
@@ -34,7 +34,7 @@ def count_evaluations(base, adjoint, num_steps=NUM_STEPS, **kwargs):
             0.0,
             1.0,
             1 / num_steps,
-            Y0,
+            y0,
             args,
             adjoint=adjoint,
             max_steps=64,
@@ -111,20 +111,24 @@ def test_a_kick_that_two_steps_share_is_evaluated_once_and_pulled_back_once(arit
     assert len(evaluations) == 2 * (NUM_STEPS + 1)
 
 
-def test_a_multistep_method_takes_one_evaluation_a_step_and_one_going_back():
-    """But for those by which its window is begun, and of its last window."""
-    base, adjoint = (
-        rvx.SymmetricMultistep(4, starter=dfx.Euler()),
-        rvx.ReversibleAdjoint(),
-    )
+@pytest.mark.parametrize(
+    ("states", "back", "at_the_end"), [(1, 2, 0), (256, 1, 4)], ids=["one", "256"]
+)
+def test_a_multistep_method_takes_one_evaluation_a_step_and_one_going_back(
+    states, back, at_the_end
+):
+    """But for those by which its window is begun, and of its last window. (Two back, if
+    an evaluation costs less than to keep what its pull-back reads.)"""
+    base = rvx.SymmetricMultistep(4, starter=dfx.Euler())
+    known = base, rvx.ReversibleAdjoint()
     few, many = [
-        count_evaluations(base, adjoint, num_steps=n)
+        count_evaluations(*known, num_steps=n, y0=jnp.tile(Y0, (states, 1)))
         for n in (NUM_STEPS, 2 * NUM_STEPS)
     ]
     assert many[0] - few[0] == NUM_STEPS
-    assert many[1] - few[1] == NUM_STEPS
+    assert many[1] - few[1] == back * NUM_STEPS
     # Three steps of Euler and four derivatives, of which each is pulled back.
-    assert few[1] == 7 + (NUM_STEPS - 3) + 4
+    assert few[1] == 7 + back * (NUM_STEPS - 3) + at_the_end
 
 
 def test_a_solve_that_is_not_differentiated_takes_as_many():

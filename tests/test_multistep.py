@@ -32,6 +32,14 @@ from multistep_method import (
 )
 
 import reversax as rvx
+from reversax._schemes import multistep
+
+
+@pytest.fixture(autouse=True)
+def ring_of_any_size(monkeypatch):
+    """States of tests are small; what is worth keeping is not."""
+    monkeypatch.setattr(multistep, "WORTH_KEEPING", 0)
+
 
 CELLS = [(str(k), a, s) for k in (4, 6) for a in ARITHMETICS for s in SAVED]
 DAILY = {("6", "fixed-point", "ts"), ("4", "floating-point", "dense")}
@@ -116,6 +124,15 @@ def test_a_solve_is_undone_to_the_bit():
     )
     error, num_steps = measure(Y0)
     assert num_steps == 100 and jnp.all(flat(error) == 0)
+
+
+def test_a_gradient_has_the_same_bits_if_nothing_is_worth_keeping(monkeypatch):
+    """Evaluated again from the same numbers, residuals are the same."""
+    kept = differentiated(method(6), 40, OURS, "ts")
+    monkeypatch.setattr(multistep, "WORTH_KEEPING", 2**31)
+    jax.clear_caches()  # Of the same solve.
+    found_again = differentiated(method(6), 40, OURS, "ts")
+    assert jnp.array_equal(flat(kept), flat(found_again))
 
 
 def test_lanes_have_their_own_lengths():

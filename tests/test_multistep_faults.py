@@ -24,6 +24,12 @@ from reversax._schemes import multistep
 from reversax._schemes.multistep_moves import Correct
 
 
+@pytest.fixture(autouse=True)
+def ring_of_any_size(monkeypatch):
+    """States of tests are small; what is worth keeping is not."""
+    monkeypatch.setattr(multistep, "WORTH_KEEPING", 0)
+
+
 def test_damping_that_is_too_large_is_seen():
     field = lambda t, y, args: -20 * y
     with pytest.raises(eqx.EquinoxRuntimeError, match=r"Take smaller steps, or `rever"):

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, cast
 
 import diffrax as dfx
 import equinox as eqx
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -31,16 +32,18 @@ from .increment import (
     check_like_state,
     make_increment,
 )
-from .moves import Codes, Context, Moves, Repeated, stacked
+from .moves import Codes, Context, Moves, Repeated, row, stacked
 from .multistep_dense import AbstractWindowed, WindowInterpolation
 from .multistep_moves import Correct, Extend, as_born
 from .multistep_start import Launch, Slope, Turn
 from .multistep_weights import AHEAD, ALONE, BEHIND, Weights
 from .multistep_window import (
+    WORTH_KEEPING,
     Ring,
     Window,
     increment,
     rounded,
+    size_of,
     sum_of,
     zeros_of,
 )
@@ -191,9 +194,10 @@ class Multistep(AbstractWindowed):
             return None, context.fields.evaluate(leg, y, keeps=True).residuals
 
         stack = lambda *xs: jnp.stack(xs)
-        ends = jnp.stack([_time(grid, i) for i in which])
-        ys = jtu.tree_map(stack, *values)
-        _, rows = lax.scan(evaluated, None, (ends, ys))
+        at = jnp.stack([_time(grid, i) for i in which]), jtu.tree_map(stack, *values)
+        if size_of(jax.eval_shape(evaluated, None, row(at, 0))[1]) < WORTH_KEEPING:
+            return None
+        _, rows = lax.scan(evaluated, None, at)
         ring = Ring(rows, jnp.int32(k - 1))
         return [ring] if window.correction is None else [ring, None]
 

@@ -48,6 +48,18 @@ def turned_back(xs: tuple) -> tuple:
     return xs[-1], *xs[:-1]
 
 
+WORTH_KEEPING = 2048
+"""Bytes of the residuals of an evaluation. Fewer are of one that costs less than to
+take them from their row and put others there. (Measured: gradients of an orbit and of
+one state of a small network took 1.4 and 1.2 times as long with a ring; of networks
+of width 256, or of several states, 0.87 to 0.97 of the time.)"""
+
+
+def size_of(tree: PyTree) -> int:
+    """In bytes."""
+    return sum(x.size * x.dtype.itemsize for x in jtu.tree_leaves(tree))
+
+
 class Ring(eqx.Module):
     """The residuals of the evaluations that derivatives of a window come from, in rows.
 
