@@ -89,6 +89,11 @@ class AbstractIncrement(eqx.Module):
         `lanes` of how many this is one that are evaluated together.
         """
 
+    def core_from(self, leg: Leg, y: State, first: State, *, lanes: int) -> Core:
+        """The same, given the vector field times the control at the start of the leg,
+        which need not be evaluated again."""
+        return self.core(leg, y, extends=False, lanes=lanes)
+
     @abc.abstractmethod
     def extend(
         self, leg: Leg, y: State, core: Core, *, error: bool, dense: bool
@@ -242,11 +247,19 @@ class TableauIncrement(AbstractIncrement):
             check_like_state(ks[i], y)
 
     def core(self, leg: Leg, y: State, *, extends: bool, lanes: int = 1) -> Core:
-        ks: dict[int, State] = {}
+        increment, ks = self._core({}, leg, y, lanes)
+        return Core(increment, ks if extends else {}, None)
+
+    def core_from(self, leg: Leg, y: State, first: State, *, lanes: int) -> Core:
+        known = {0: first} if self.tableau.c[0] == 0 else {}
+        return Core(self._core(known, leg, y, lanes)[0], {}, None)
+
+    def _core(
+        self, ks: dict[int, State], leg: Leg, y: State, lanes: int
+    ) -> tuple[State, dict[int, State]]:
         needed = self.tableau.stages_behind(self.tableau.b)
         self._add_stages(ks, needed, leg, y, lanes)
-        increment = _weighted_sum(self.tableau.b, ks)  # (RK3)
-        return Core(increment, ks if extends else {}, None)
+        return _weighted_sum(self.tableau.b, ks), ks  # (RK3)
 
     def extend(
         self, leg: Leg, y: State, core: Core, *, error: bool, dense: bool

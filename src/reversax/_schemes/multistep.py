@@ -50,7 +50,8 @@ from .multistep_window import (
 from .scheme import Grid, Lost, Span, Values
 
 START, FIELD, SUM = range(3)
-"""Which of the fields: the one-step method, the vector field, and (M1)."""
+"""Which of the fields: the vector field and the one-step method that begins with it,
+the vector field alone, and (M1)."""
 
 
 class MultistepFields(AbstractIncrement):
@@ -65,12 +66,13 @@ class MultistepFields(AbstractIncrement):
     def core(self, leg: Leg, y: Any, *, extends: bool, lanes: int = 1) -> Core:
         if leg.which == SUM:
             return Core(increment(self.weights, y, leg.control), (), None)
+        slope = self.vf(leg.start, y)
+        check_like_state(slope, y)
         if leg.which == FIELD:
-            slope = self.vf(leg.start, y)
-            check_like_state(slope, y)
             return Core(slope, (), None)
-        core = self.starter.core(leg, y, extends=False, lanes=lanes)
-        return Core(core.increment, (), None)
+        first = times(leg.control, slope)
+        core = self.starter.core_from(leg, y, first, lanes=lanes)
+        return Core((slope, core.increment), (), None)
 
     def extend(self, leg, y, core, *, error: bool, dense: bool) -> Advance:
         return Advance(core.increment, None, None)
@@ -149,13 +151,12 @@ class Multistep(AbstractWindowed):
         # None is made beyond the end of a solve of fewer steps.
         made = [_is_made(grid, j) for j in range(k - 1)]
         controls = [in_direction(control, x) for x in made]
-        *slopes, last = [Slope(Leg(t, t, one, None, FIELD), k) for t in ends]
         launches = [
             Launch(Leg(t0, t1, one, c, START), k)
             for t0, t1, c in zip(ends[:-1], ends[1:], controls, strict=True)
         ]
-        first = Repeated((stacked(slopes), stacked(launches)))
-        return first, last, Turn(k)
+        last = Slope(Leg(ends[-1], ends[-1], one, None, FIELD), k)
+        return Repeated((stacked(launches),)), last, Turn(k)
 
     def moves(self, span: Span, control: Control, lost: Lost) -> Moves:
         grid, k, one = _grid_of(span), self.weights.steps, np.float32(1)

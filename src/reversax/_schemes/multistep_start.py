@@ -5,9 +5,10 @@ By a one-step method `Psi`, from `(0, ..., 0, y_0)`, `k - 1` times
     (S1)   f = (f_1, ..., f_{k-1}, f(t, w_{k-1}))
     (S2)   w_0 += w_{k-1} + Psi(w_{k-1}),  and (M2),
 
-after which it leads `k - 1` steps further than the solve has come. So it is turned once
-more, for `y_0` to be the newest, and until it is full steps only turn it: (M2), and
-the `f`s alike. ((M2) is that of `multistep_moves.py`.)
+of which (S1) is the first stage of `Psi`, and once more (S1): now the window leads
+`k - 1` steps further than the solve has come. So it is turned once more, for `y_0` to
+be the newest, and until it is full steps only turn it: (M2), and the `f`s alike. ((M2)
+is that of `multistep_moves.py`.)
 """
 
 import equinox as eqx
@@ -27,7 +28,7 @@ from .multistep_window import (
 
 
 class Slope(AbstractMove):
-    """(S1)."""
+    """(S1), of the last."""
 
     over: Leg
     steps: int = eqx.field(static=True)
@@ -61,7 +62,7 @@ class Slope(AbstractMove):
 
 
 class Launch(AbstractMove):
-    """(S2)."""
+    """(S1), (S2)."""
 
     over: Leg
     steps: int = eqx.field(static=True)
@@ -74,25 +75,31 @@ class Launch(AbstractMove):
         window, arithmetic = Window.of(codes, self.steps), context.arithmetic
         last = window.values[-1]
         core = context.fields.core(self.over, arithmetic.decode(last), extends=False)
-        values = *window.values[1:], arithmetic.add(last, core.increment)
-        return Window(values, window.slopes, window.correction).codes, None
+        slope, increment = core.increment
+        values = *window.values[1:], arithmetic.add(last, increment)  # (S2)
+        slopes = *window.slopes[1:], slope  # (S1)
+        return Window(values, slopes, window.correction).codes, None
 
     def undo(self, context: Context, codes: Codes):
         window, arithmetic = Window.of(codes, self.steps), context.arithmetic
         *values, newest = window.values
         met = context.fields.evaluate(self.over, arithmetic.decode(values[-1]))
-        found = arithmetic.add(values[-1], met.value[0])
+        slope, increment = met.value[0]
+        found = arithmetic.add(values[-1], increment)
         # Zero, as it was, if that is what was found.
         rest = arithmetic.encode(arithmetic.difference(newest, found))
-        before = Window((rest, *values), window.slopes, window.correction)
-        return before.codes, met
+        slopes = zeros_of(slope), *window.slopes[:-1]
+        return Window((rest, *values), slopes, window.correction).codes, met
 
     def pull(self, context: Context, met, ct: Cotangents, ct_met=None):
         window = window_of_cotangents(ct, self.steps)
         *values, ct_newest = window.values
-        ct_p, ct_leg, ct_y = met.pull((ct_newest, zeros_of(met.value[1])))[0]
+        *slopes, ct_slope = window.slopes
+        ct_value = (ct_slope, ct_newest), zeros_of(met.value[1])
+        ct_p, ct_leg, ct_y = met.pull(ct_value)[0]
         values[-1] = sum_of(values[-1], ct_newest, ct_y)
-        new = Window((ct_newest, *values), window.slopes, window.correction)
+        slopes = zeros_of(ct_slope), *slopes
+        new = Window((ct_newest, *values), slopes, window.correction)
         parameters = add_trees(ct.parameters, ct_p)
         return cotangents_of(ct, new)._replace(parameters=parameters), ct_leg
 
