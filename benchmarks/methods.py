@@ -104,6 +104,7 @@ def methods_for(kind: str, full: bool = True) -> list[Method]:
     if kind != "SDE":
         methods += [
             ours("Reversible(Tsit5)", "reversed", REVERSED),
+            ours("Reversible(SymmetricMultistep(6))", "reversed", REVERSED),
             Method("plain JAX", main, "stored"),
             Method("plain JAX", main, "rematerialised"),
         ]

@@ -12,6 +12,7 @@ import pytest
 
 import reversax as rvx
 from reversax._numbers.schedule import AbstractSchedule
+from reversax._schemes.own import undoes_itself
 from reversax._walk.setup import _schedule
 
 
@@ -146,7 +147,8 @@ class SameScheme(dfx.AbstractAdjoint):
     def loop(self, *, solver, stepsize_controller, init_state, t0, t1, **problem):
         known = dict(stepsize_controller=stepsize_controller, init_state=init_state)
         coupling = solver.coupling
-        if getattr(coupling, "halvings_per_step", None) == "auto":
+        couples = not undoes_itself(solver.solver)
+        if couples and getattr(coupling, "halvings_per_step", None) == "auto":
             state = init_state.controller_state
             schedule = _schedule(stepsize_controller, state, 0, solver, t0, t1)
             coupling = Scheduled("auto", schedule)
