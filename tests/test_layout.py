@@ -20,8 +20,8 @@ ROOMS = {
     "native retraced multistep_weights multistep_window multistep_moves "
     "multistep_start multistep_dense multistep own symplectic watch base",
     "": "_solver _symplectic _multistep schemes",
-    "_walk": "__init__ clock times stepping timeline tape observe event setup "
-    "faults forward certificate cotangents lane backward rule",
+    "_walk": "__init__ beginning clock times stepping timeline tape observe event "
+    "setup faults forward certificate cotangents lane backward rule",
     "top": "_adjoint _round_trip __init__",
     "compare": "_scan _search _candidates _problem _gradient _setting _measure "
     "_recommend _load _plot _report _options _command __init__",

@@ -9,6 +9,7 @@ import pytest
 from helpers import in_cells, initial_states, network_arguments, network_field
 
 import reversax as rvx
+from reversax._walk.beginning import Beginning
 
 pytestmark = pytest.mark.usefixtures("optimised")
 ARGS, Y0 = network_arguments(), initial_states(batch=64)
@@ -168,6 +169,17 @@ def test_at_the_default_of_max_steps_16_constant_steps_take_the_memory_of_1024()
     # Some constants are folded for one and not for the other; a word of bits for each
     # element would be more.
     assert abs(of(16) - of(1024)) < 4 * Y0.size
+
+
+def test_the_initial_state_as_integers_is_not_kept_through_both_loops(monkeypatch):
+    """Two words and a value of each number."""
+    known = rvx.ReversibleAdjoint(), 64, "batched", rvx.FixedPoint()
+    without = temporary_bytes(*known)
+    keep = lambda self, scheme, run_time: self.encoded(scheme)
+    monkeypatch.setattr(Beginning, "encoded_again", keep)
+    jax.clear_caches()
+    scalars = 256
+    assert temporary_bytes(*known) - without >= 3 * 8 * Y0.size - scalars
 
 
 @pytest.mark.heavy

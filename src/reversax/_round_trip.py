@@ -47,9 +47,9 @@ class _ThereAndBack(dfx.AbstractAdjoint):
             restart_every=None,
             backward_meter=dfx.NoProgressMeter(),
         )
-        codes, increment = nondifferentiable(parts[:2], msg=_NO_DERIVATIVE)
+        beginning, increment = nondifferentiable(parts[:2], msg=_NO_DERIVATIVE)
         clock = nondifferentiable(parts.clock, msg=_NO_DERIVATIVE)
-        parts = Parts(codes, increment, parts.fns, clock)
+        parts = Parts(beginning, increment, parts.fns, clock)
         # As for a gradient with respect to everything, so that the same is measured.
         nothing = jtu.tree_map(lambda _: False, parts)
         everything = jtu.tree_map(eqx.is_inexact_array, increment)
@@ -63,7 +63,8 @@ class _ThereAndBack(dfx.AbstractAdjoint):
         counts = num_steps, forward.num_shed
         walk = Walk(lane, None, None)
         reconstructed = walk_back_without_cotangents(walk, forward.codes, *counts)
-        error = setup.scheme.difference(reconstructed, parts.codes)
+        codes0 = beginning.encoded(setup.scheme)
+        error = setup.scheme.difference(reconstructed, codes0)
         return forward.final_state, dict(forward.aux_stats, round_trip_error=error)
 
 

@@ -61,7 +61,8 @@ def run(
     scheme, clock = setup.scheme, parts.clock
     fields = _fields(parts.increment, setup, perturbed, lanes)
     first_span = Span(clock.t0, clock.first_end, grid=clock.grid)
-    codes0 = scheme.begin(fields, first_span, parts.codes)
+    codes = parts.beginning.encoded(scheme)
+    codes0 = scheme.begin(fields, first_span, codes)
     solver = ClosedSolver(
         scheme=scheme,
         fields=fields,
@@ -93,7 +94,7 @@ def run(
         progress_meter=setup.progress_meter,
     )
     forward = _taken_apart(final_state, aux_stats, setup, clock.grid)
-    begun = clock.t0, scheme.reached(parts.codes)
+    begun = clock.t0, scheme.reached(codes)
     last = final_state.tprev, scheme.reached(forward.codes)
     return checked_at(forward, parts.increment, begun, last)
 
@@ -144,7 +145,8 @@ def run_for_derivative(parts: Parts, setup: Setup, **kwargs) -> Forward:
 
     **Raises:** `NotImplementedError` if that would lack a part.
     """
-    clock, y0 = parts.clock, setup.scheme.readout(parts.codes)
+    clock, scheme = parts.clock, setup.scheme
+    y0 = scheme.readout(parts.beginning.encoded(scheme))
     moment = Moment(clock.t0, clock.first_end, clock.controller_state)
     known = moment, y0, error_like(y0) if setup.error else None
     is_closed = isinstance(clock.controller, ClosedController)

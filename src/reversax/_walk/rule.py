@@ -23,6 +23,7 @@ from .._schemes.watch import Scale
 from .._xla.batching import Axes, batch_aware
 from .._xla.guard import forward_only
 from .backward import Carry, Parameters, Walk, walk_back, wide
+from .beginning import Beginning
 from .certificate import certificate, checked_tangents, round_trip
 from .clock import Clock
 from .cotangents import Outputs, outputs_of
@@ -126,12 +127,13 @@ def _walk_back_and_check(
     ct_outputs = outputs_of(ct_final_state, ct_final_state.solver_state.codes)
     ct_outputs = _materialise(like, ct_outputs)
     walk = _walk(residuals, ct_outputs, perturbed, parts, setup, axes)
-    codes0 = _in_each_lane(parts.codes, residuals, axes)
-    scheme = setup.scheme
+    scheme, beginning = setup.scheme, parts.beginning
+    if axes is not None:
+        beginning = beginning.in_lanes(scheme, plain(residuals.codes))
     kept = scheme.decode(residuals.codes)[len(ct_outputs.codes) :]
     nothing = jtu.tree_map(jnp.zeros_like, kept)
     ct_values = *scheme.decode(ct_outputs.codes), *nothing
-    carry = _first_carry(walk, residuals, codes0, ct_values)
+    carry = _first_carry(walk, residuals, beginning, ct_values)
     carry = walk_back(walk, carry, setup.backward_meter)
 
     at_start = walk.each(Lane.pull_at_start, carry.codes, carry.saved)
@@ -143,7 +145,8 @@ def _walk_back_and_check(
     of_kept = carry.residuals if axes is None else None
     begun = Undoing(first, nothing_lost, carry.codes, ct_begun, of_kept)
     begun = undo_and_pull_first(scheme, walk.context, begun)
-    ct_codes = scheme.cotangent(codes0, begun.ct.parts)
+    pull_beginning = lambda lane, x, ct: x.cotangent(lane.scheme, ct)
+    ct_beginning = walk.each(pull_beginning, beginning, begun.ct.parts)
     ct_clock: Any = walk.lane.timeline.diff
     if walk.lane.times:
         pull_t0 = lambda lane, ct: lane.timeline.pull_t0(ct)
@@ -158,8 +161,9 @@ def _walk_back_and_check(
             lambda c: c.ts, ct_clock, ct_ts, is_leaf=lambda x: x is None
         )
     ct_fns = walk.add_fns(carry.ct_parameters.fns, at_start.fns)
-    ct = Parts(ct_codes, begun.ct.parameters, ct_fns, ct_clock)
+    ct = Parts(ct_beginning, begun.ct.parameters, ct_fns, ct_clock)
     found, final = plain(begun.codes), plain(residuals.codes)
+    codes0 = _encoded_again(walk, beginning, carry.num_steps)
     arrival = _Arrival(found, codes0, final)
     check = ft.partial(_check, setup.throw)
     zeros = walk.each(check, arrival, carry.scale, carry.round_trips)
@@ -204,20 +208,18 @@ def _walk(residuals, ct, perturbed, parts, setup: Setup, axes: Axes | None) -> W
     return Walk(lane, axes_lane, axes.name)
 
 
-def _in_each_lane(codes0: Codes, residuals: _Residuals, axes: Axes | None) -> Codes:
-    """The initial state, copied into each lane if they all share it."""
-    if axes is None:
-        return codes0
-    like = lambda x, shape: jnp.broadcast_to(x, shape)
-    shapes = jtu.tree_map(lambda x: x.shape, plain(residuals.codes))
-    return jtu.tree_map(like, codes0, shapes)
+def _encoded_again(walk: Walk, beginning: Beginning, num_steps: Index) -> Codes:
+    """The initial state, once it is known how many steps there are left."""
+    encode = lambda lane, *x: x[0].encoded_again(lane.scheme, x[1])
+    return walk.each(encode, beginning, num_steps)
 
 
 def _first_carry(
-    walk: Walk, residuals: _Residuals, codes0: Codes, ct_values: Values
+    walk: Walk, residuals: _Residuals, beginning: Beginning, ct_values: Values
 ) -> Carry:
     """Where the walk begins: at the end, with what was saved there pulled back."""
     codes1, num_steps, t_final = residuals.codes, residuals.num_steps, residuals.t_final
+    codes0 = _encoded_again(walk, beginning, num_steps)
     sizes = [walk.each(Lane.size, codes) for codes in (codes0, codes1)]
     scale = jtu.tree_map(jnp.maximum, *sizes)
     saved = walk.each(Lane.nothing_saved, residuals.num_ts)
@@ -259,7 +261,7 @@ def _finish(ct: Parts, zeros: Array, parts: Parts, axes: Axes | None):
         # (The others were summed on the way.)
         axes_parts, _ = axes.in_axes
         ct = ct._replace(
-            codes=sum_over_lanes(ct.codes, axes_parts.codes),
+            beginning=sum_over_lanes(ct.beginning, axes_parts.beginning),
             clock=sum_over_lanes(ct.clock, axes_parts.clock),
         )
 

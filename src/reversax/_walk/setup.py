@@ -38,9 +38,10 @@ from .._schemes.base import check_memory
 from .._schemes.control import Time, direction_of
 from .._schemes.problem import Problem, check_problem
 from .._schemes.scheme import AbstractScheme
-from .._schemes.watch import begin, look_every
-from .._solver import Reversible, ReversibleState, first_state
+from .._schemes.watch import look_every
+from .._solver import Reversible
 from .._xla.compat import number_of_steps, step_length
+from .beginning import Beginning
 from .clock import Clock, Moment, Reads, close_controller, just_below
 from .event import close_event, without_derivatives
 from .observe import close_fn, is_subsaveat
@@ -53,7 +54,7 @@ CALL = "`diffrax.diffeqsolve(..., adjoint=reversax.ReversibleAdjoint())`"
 class Parts(NamedTuple):
     """All of a solve that may be differentiated; or what concerns each of these."""
 
-    codes: Any
+    beginning: Any
     """Before the first step."""
     increment: Any
     """What the fields of a scheme are, closed over all that they depend on."""
@@ -219,26 +220,30 @@ def _finite(t1: Array, event: dfx.Event | None) -> Array:
     )
 
 
-def _first_state(
+def _beginning(
     scheme: AbstractScheme, problem: Problem, init_state: Any, passed: bool
-) -> ReversibleState:
-    """The solver's state before the first step. If the user passed none, a new one, so
-    that the derivative with respect to `y0` passes through no other."""
+) -> tuple[Beginning, Index]:
+    """Where a solve begins, and after how many steps. If the user passed no solver's
+    state, it follows from the problem, so that the derivative with respect to `y0`
+    passes through nothing else."""
+    *_, y0, _ = problem
     if not passed:
-        return first_state(scheme, problem, init_state.tnext)
+        none = jnp.zeros((), jnp.int32)
+        if scheme.arithmetic.exact:  # Then it follows from the state alone.
+            return Beginning(None, y0), none
+        return Beginning(scheme.first(problem, init_state.tnext), None), none
     if scheme.looks_back:
         raise ValueError(
             "Resume without the `solver_state` of the earlier solve, or with Diffrax's "
             "adjoints: a solver that looks back a step needs to know where that began, "
             f"which the backward pass does not. ({CALL})"
         )
-    _, t0, y0, _ = problem
     given = init_state.solver_state
     codes = scheme.resume(given.codes, y0)
     num_steps = given.num_steps
     if scheme.equal_steps:  # These are begun afresh.
         num_steps = jnp.zeros_like(num_steps)
-    return ReversibleState(codes, num_steps, begin(y0, t0))
+    return Beginning(codes, None), num_steps
 
 
 def _schedule(
@@ -278,7 +283,7 @@ def set_up(
     _check_call(call, solver, restart_every)
     y0, scheme = init_state.y, _scheme_of(solver, controller)
     problem = _checked((terms, t0, y0, args), solver)
-    state = _first_state(scheme, problem, init_state, passed_solver_state)
+    begun, steps_before = _beginning(scheme, problem, init_state, passed_solver_state)
     increment = solver.fields(terms, args).close(t0, y0)
     fns = [close_fn(sub, args, t0, y0) for sub in _subs(saveat)]
     moment = Moment(t0, init_state.tnext, first)
@@ -293,10 +298,10 @@ def set_up(
         init_state = without_derivatives(init_state, y0, dense, scheme)
     restarts = _restarts(restart_every, scheme, y0, max_steps, round_trip_tolerance)
     times = _records_times(controller, event)
-    schedule = _schedule(controller, first, state.num_steps, solver, t0, t1)
-    return Parts(state.codes, increment, fns, clock), Setup(
+    schedule = _schedule(controller, first, steps_before, solver, t0, t1)
+    return Parts(begun, increment, fns, clock), Setup(
         plan=Plan(scheme.bare(), schedule, times, restarts, max_steps),
-        steps_before=state.num_steps,
+        steps_before=steps_before,
         look_every=1 if times else look_every(number_of_steps(controller, first)),
         direction=direction_of(terms),
         error_order=reads.error_order,
