@@ -245,6 +245,23 @@ def heat(size):
     return field, jnp.sin(jnp.arange(float(size)))
 
 
+def driven(t, y, rate):
+    """By values of a path that its time picks, next to each other."""
+    path = jnp.sin(jnp.arange(4096.0))
+    return rate * y + jax.lax.dynamic_slice(path, [jnp.int32(t)], y.shape)
+
+
+def heat_by_turns(number):
+    """Each of which reads what the one before it gave."""
+    mixed = lambda i, pair: (jnp.roll(pair[0], 1) + 1, pair[1] + pair[0])[::-1]
+
+    def field(t, y, rate):
+        turns = number(t), mixed, (jnp.ones_like(y), y)
+        return rate * jax.lax.fori_loop(0, *turns)[0]
+
+    return field
+
+
 @pytest.mark.heavy  # Daily: that such stages are written to memory, below.
 def test_stages_of_a_stencil_are_not_evaluated_anew_for_each_that_reads_them():
     """A step of Tsit5 takes no more operations than six of its first stage alone.
@@ -284,6 +301,13 @@ def test_stages_of_a_stencil_are_not_evaluated_anew_for_each_that_reads_them():
         pytest.param(
             lambda t, y, rate: y * rate, heat(512)[1], 1, False, id="elementwise"
         ),
+        pytest.param(jax.jit(heat(0)[0]), heat(512)[1], 1, True, id="a-jitted-one"),
+        pytest.param(
+            heat_by_turns(lambda t: 3), heat(512)[1], 1, True, id="one-in-a-scan"
+        ),
+        pytest.param(heat_by_turns(jnp.int32), heat(512)[1], 1, True, id="in-a-loop"),
+        pytest.param(driven, heat(512)[1], 1, False, id="a-path-elsewhere"),
+        pytest.param(jax.jit(driven), heat(512)[1], 1, False, id="a-jitted-path"),
         pytest.param(
             network_field, jnp.ones((128, Y0.shape[-1])), 1, False, id="a-network"
         ),

@@ -47,6 +47,12 @@ class Closed(eqx.Module):
         treedef, other_treedef, others = self.returns
         return eqx.combine(treedef.unflatten(out), other_treedef.unflatten(others))
 
+    def are_of(self, which: int) -> list[bool]:
+        """Of the arguments of the program, which are of this one of the function."""
+        treedef, *_ = self.takes
+        sizes = [child.num_leaves for child in treedef.children()]
+        return [i == which for i, size in enumerate(sizes) for _ in range(size)]
+
 
 def _described(arrays: PyTree, rest: PyTree) -> tuple:
     kinds = [(_kind(x).shape, _kind(x).dtype) for x in jtu.tree_leaves(arrays)]
