@@ -10,6 +10,7 @@ from helpers import in_cells, initial_states, network_arguments, network_field
 
 import reversax as rvx
 from reversax._walk.beginning import Beginning
+from reversax._xla import isolation
 
 pytestmark = pytest.mark.usefixtures("optimised")
 ARGS, Y0 = network_arguments(), initial_states(batch=64)
@@ -169,6 +170,30 @@ def test_at_the_default_of_max_steps_16_constant_steps_take_the_memory_of_1024()
     # Some constants are folded for one and not for the other; a word of bits for each
     # element would be more.
     assert abs(of(16) - of(1024)) < 4 * Y0.size
+
+
+def test_a_pull_back_does_not_lie_in_memory_beside_its_evaluation(monkeypatch):
+    """Of a stencil: by an array of the state's size, but for some scalars."""
+
+    def of():
+        def loss(rate, y0, _):
+            laplacian = lambda y: jnp.roll(y, 1) - 2 * y + jnp.roll(y, -1)
+            solution = dfx.diffeqsolve(
+                dfx.ODETerm(lambda t, y, rate: rate * laplacian(y) + y**2),
+                rvx.Reversible(dfx.Tsit5()),
+                **dict(t0=0.0, t1=1.0, dt0=0.1, y0=y0, args=rate, max_steps=16),
+                adjoint=rvx.ReversibleAdjoint(),
+            )
+            return jnp.sum(solution.ys**2)
+
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+        compiled = gradient.lower(0.3, jnp.ones(4096), None).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    waiting = of()
+    monkeypatch.setattr(isolation, "_pull_after", lambda pull, zeros, ct: pull(ct))
+    jax.clear_caches()
+    assert of() - waiting >= 8 * 4096 - 1024
 
 
 def test_the_initial_state_as_integers_is_not_kept_through_both_loops(monkeypatch):

@@ -12,9 +12,11 @@ to the bit. So each evaluation is made a computation of its own:
   result depend on an element of each, else what is unused would be pruned. Residuals
   that are merely inputs, parameters above all, are not returned from the branch (that
   would copy them) but put in place outside.
-- In it, products are rounded by themselves, `rounding.py`. Where a loop is one kernel,
-  `one_kernel.py`, the branch is compiled with all that stands around it, and whether a
-  product is contracted with a sum depends on what else needs it.
+- The pull-back has to wait for the evaluation: a compiler that is free to begin with
+  what both do not share keeps the buffers of the one beside those of the other.
+- In the branch, products are rounded by themselves, `rounding.py`. Where a loop is one
+  kernel, `one_kernel.py`, the branch is compiled with all that stands around it, and
+  whether a product is contracted with a sum depends on what else needs it.
 - Under `vmap` the predicate stays a single one; a batched conditional would become a
   selection, which isolates nothing.
 """
@@ -204,7 +206,26 @@ def evaluate_isolated(
         zero,
         *operands,
     )
-    return program.evaluation(_keep_alive(zero, new))
+    evaluation = program.evaluation(_keep_alive(zero, new))
+    if program.bytes_of_residuals < _MANY_BYTES:
+        return evaluation
+    # Of the first residual, which is read last, and so lies in memory anyway.
+    number = len(program.results)
+    pull = _after(zero, [*new[number:], *new[:number]], evaluation.pull)
+    return evaluation._replace(pull=pull)
+
+
+def _after(zero: Array, xs: Sequence[Array], pull: Callable) -> Callable:
+    """`pull`, which seems to depend on the first of `xs`: what it could begin with
+    before that is known would lie in memory beside what is evaluated."""
+    firsts = [jnp.real(x[(0,) * x.ndim]) for x in xs if x.size > 0][:1]
+    zeros = [jnp.where(zero > -1, 0, lax.stop_gradient(x)) for x in firsts]
+    return jtu.Partial(_pull_after, pull, zeros)
+
+
+def _pull_after(pull: Callable, zeros: list[Array], ct: PyTree[Array]) -> Any:
+    add = lambda ct: sum((zero.astype(ct.dtype) for zero in zeros), start=ct)
+    return pull(jtu.tree_map(add, ct))
 
 
 def evaluate_with_residuals(fn: Function, x: PyTree[Array], rest: PyTree) -> Evaluation:
@@ -265,6 +286,8 @@ class _Program(NamedTuple):
 
 _FEW_BYTES = 2**17
 """Of residuals, about which it does not matter how many they are."""
+_MANY_BYTES = 2**13
+"""Of residuals, for a pull-back to wait for: of fewer, in one kernel, it takes time."""
 
 
 def _program_of(fn: Function, x: PyTree[Array], rest: PyTree) -> _Program:
