@@ -6,6 +6,8 @@ import jax
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
+from reversax._schemes import multistep
+
 # Most oracles need double precision; single precision is asked for by dtype.
 jax.config.update("jax_enable_x64", True)
 
@@ -77,3 +79,9 @@ def optimised():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def ring_of_any_size(monkeypatch):
+    """For multistep methods: states of tests are small, what is worth keeping not."""
+    monkeypatch.setattr(multistep, "WORTH_KEEPING", 0)

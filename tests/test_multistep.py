@@ -34,13 +34,7 @@ from multistep_method import (
 import reversax as rvx
 from reversax._schemes import multistep
 
-
-@pytest.fixture(autouse=True)
-def ring_of_any_size(monkeypatch):
-    """States of tests are small; what is worth keeping is not."""
-    monkeypatch.setattr(multistep, "WORTH_KEEPING", 0)
-
-
+pytestmark = pytest.mark.usefixtures("ring_of_any_size")
 CELLS = [(str(k), a, s) for k in (4, 6) for a in ARITHMETICS for s in SAVED]
 DAILY = {("6", "fixed-point", "ts"), ("4", "floating-point", "dense")}
 

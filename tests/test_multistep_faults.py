@@ -23,11 +23,7 @@ import reversax as rvx
 from reversax._schemes import multistep
 from reversax._schemes.multistep_moves import Correct
 
-
-@pytest.fixture(autouse=True)
-def ring_of_any_size(monkeypatch):
-    """States of tests are small; what is worth keeping is not."""
-    monkeypatch.setattr(multistep, "WORTH_KEEPING", 0)
+pytestmark = pytest.mark.usefixtures("ring_of_any_size")
 
 
 def test_damping_that_is_too_large_is_seen():

@@ -286,13 +286,6 @@ def _check_arguments(solver: Reversible) -> None:
         )
 
 
-def first_state(scheme: AbstractScheme, problem: Problem, t1: Time) -> ReversibleState:
-    _, t0, y0, _ = problem
-    codes, zero = scheme.first(problem, t1), jnp.zeros((), jnp.int32)
-    before = t0 if scheme.looks_back else None
-    return ReversibleState(codes, zero, begin(y0, t0), before)
-
-
 def _lost(scheme: AbstractScheme, index: Index, interval: tuple[Time, Time]) -> Lost:
     # What the number of halvings may follow from is known to the adjoint only.
     schedule = scheme.schedule(0, PerStep(MOST, 1, 0))
@@ -302,13 +295,15 @@ def _lost(scheme: AbstractScheme, index: Index, interval: tuple[Time, Time]) -> 
 def _begun(solver: Reversible, problem: Problem, t1: Time) -> ReversibleState:
     """The state before the first step, which is to end at `t1`, of a solve that Diffrax
     drives."""
-    (terms, t0, _, args), scheme = problem, solver.scheme
-    state = first_state(scheme, problem, t1)
+    (terms, t0, y0, args), scheme = problem, solver.scheme
+    codes, zero = scheme.first(problem, t1), jnp.zeros((), jnp.int32)
+    before = t0 if scheme.looks_back else None
+    state = ReversibleState(codes, zero, begin(y0, t0), before)
     if not scheme.equal_steps:
         return state
     # Where the last of them ends is not known here.
     grid = Grid(t0, t1 - t0, jnp.inf)
-    known = solver.fields(terms, args), Span(t0, t1, grid=grid), state.codes
+    known = solver.fields(terms, args), Span(t0, t1, grid=grid), codes
     return dataclasses.replace(state, codes=scheme.begin(*known), grid=grid)
 
 

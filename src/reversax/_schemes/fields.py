@@ -207,9 +207,10 @@ class _Call(NamedTuple):
     def evaluate(self, run_time: Array | None, *, keeps: bool = False) -> Evaluation:
         """`fn(x, rest)` and its pull-back; isolated, if something is given that is not
         known before run time."""
-        if run_time is not None:
-            return evaluate_isolated(*self, run_time)
-        return (evaluate_with_residuals if keeps else evaluate)(*self)
+        if run_time is None:
+            return (evaluate_with_residuals if keeps else evaluate)(*self)
+        evaluation = evaluate_isolated(*self, run_time)
+        return evaluation if keeps else evaluation._replace(residuals=None)
 
 
 def _rounded(core: Core, leg: Leg) -> Core:
@@ -220,7 +221,7 @@ def _rounded(core: Core, leg: Leg) -> Core:
 
 
 def _of_lane(fields: Fields, method: str, *args) -> Evaluation:
-    """`method(*args)` of one lane, without what pulls it back. It becomes that of
+    """`method(*args)` of one lane, without its pull-back. It becomes that of
     all lanes as soon as `vmap` is applied: just as the backward pass evaluates it,
     not what `vmap` would make of the evaluation in one lane."""
     if fields.axes is None:
@@ -246,7 +247,7 @@ def _of_lane(fields: Fields, method: str, *args) -> Evaluation:
         diff, nondiff, args = eqx.combine(treedef.unflatten(flat), static)
         options = (fields.isolated, fields.error, fields.dense, fields.times)
         same = Fields(diff, nondiff, axes, fields.axis_name, *options)
-        evaluation = getattr(same, method)(*args)._replace(pull=None, residuals=None)
+        evaluation = getattr(same, method)(*args)._replace(pull=None)
         arrays, others = eqx.partition(evaluation, eqx.is_array)
         noted.append(others)
         return arrays

@@ -23,7 +23,7 @@ from .._numbers.arithmetic import AbstractArithmetic, State
 from .._numbers.schedule import Index
 from .._xla.closure import closed
 from .._xla.guard import with_derivative_of
-from .._xla.isolation import rounded_product
+from .._xla.isolation import bytes_of, rounded_product
 from .control import Control, Leg, Time, in_direction, is_of_time, times
 from .increment import (
     AbstractIncrement,
@@ -43,7 +43,6 @@ from .multistep_window import (
     Window,
     increment,
     rounded,
-    size_of,
     sum_of,
     zeros_of,
 )
@@ -196,7 +195,7 @@ class Multistep(AbstractWindowed):
 
         stack = lambda *xs: jnp.stack(xs)
         at = jnp.stack([_time(grid, i) for i in which]), jtu.tree_map(stack, *values)
-        if size_of(jax.eval_shape(evaluated, None, row(at, 0))[1]) < WORTH_KEEPING:
+        if bytes_of(jax.eval_shape(evaluated, None, row(at, 0))[1]) < WORTH_KEEPING:
             return None
         _, rows = lax.scan(evaluated, None, at)
         ring = Ring(rows, jnp.int32(k - 1))

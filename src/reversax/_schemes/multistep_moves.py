@@ -24,6 +24,7 @@ of those of the newest, which then are. (Where states are kept to restart from, 
 newest is evaluated again to be pulled back.)
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -281,8 +282,7 @@ def _taken(codes: Codes, steps: int) -> tuple[Codes, Ring | None]:
     ring = window.residuals
     if ring is None:
         return codes, None
-    taken = Window(window.values, window.slopes, window.correction, ring.taken())
-    return taken.codes, ring
+    return dataclasses.replace(window, residuals=ring.taken()).codes, ring
 
 
 def _given(codes: Codes, steps: int, ring: Ring | None) -> Codes:
@@ -290,5 +290,4 @@ def _given(codes: Codes, steps: int, ring: Ring | None) -> Codes:
     if ring is None:
         return codes
     window = Window.of(codes, steps)
-    ring = ring.given(window.residuals)
-    return Window(window.values, window.slopes, window.correction, ring).codes
+    return dataclasses.replace(window, residuals=ring.given(window.residuals)).codes

@@ -55,11 +55,6 @@ one state of a small network took 1.4 and 1.2 times as long with a ring; of netw
 of width 256, or of several states, 0.87 to 0.97 of the time.)"""
 
 
-def size_of(tree: PyTree) -> int:
-    """In bytes."""
-    return sum(x.size * x.dtype.itemsize for x in jtu.tree_leaves(tree))
-
-
 class Ring(eqx.Module):
     """The residuals of the evaluations that derivatives of a window come from, in rows.
 

@@ -246,6 +246,11 @@ def pull_back_again(
     return program.evaluation([*results, *residuals])
 
 
+def bytes_of(tree: PyTree) -> int:
+    """Of arrays, or of what describes some."""
+    return sum(x.size * x.dtype.itemsize for x in jtu.tree_leaves(tree))
+
+
 class _Program(NamedTuple):
     """An evaluation, as a program for what is computed in it, and what is made of that
     and of the operands."""
@@ -270,8 +275,7 @@ class _Program(NamedTuple):
 
     @property
     def bytes_of_residuals(self) -> int:
-        residuals = self.jaxpr.out_avals[len(self.results) :]
-        return sum(x.size * x.dtype.itemsize for x in residuals)
+        return bytes_of(self.jaxpr.out_avals[len(self.results) :])
 
     def evaluation(self, new: Sequence[Array]) -> Evaluation:
         """Of what was computed."""
