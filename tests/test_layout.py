@@ -13,8 +13,9 @@ SOURCE = ROOT / "src" / "reversax"
 # From the bottom to the top: a module imports only from those before it, and a folder
 # from those before it.
 ROOMS = {
-    "_xla": "__init__ compat closure guard one_kernel rounding batching isolation",
-    "_numbers": "__init__ schedule arithmetic fixed_point",
+    "_xla": "__init__ compat closure elementwise guard one_kernel rounding batching "
+    "isolation",
+    "_numbers": "__init__ schedule arithmetic words fixed_point",
     "_schemes": "__init__ control coupling problem increment fields kept moves scheme "
     "undoing interpolation error_estimate twins vector_fields "
     "native retraced multistep_weights multistep_window multistep_moves "

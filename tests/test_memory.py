@@ -172,39 +172,44 @@ def test_at_the_default_of_max_steps_16_constant_steps_take_the_memory_of_1024()
     assert abs(of(16) - of(1024)) < 4 * Y0.size
 
 
-def test_a_pull_back_does_not_lie_in_memory_beside_its_evaluation(monkeypatch):
-    """Of a stencil: by an array of the state's size, but for some scalars."""
+def bytes_of_a_stencil(size):
+    def loss(rate, y0, _):
+        laplacian = lambda y: jnp.roll(y, 1) - 2 * y + jnp.roll(y, -1)
+        solution = dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, rate: rate * laplacian(y) + y**2),
+            rvx.Reversible(dfx.Heun()),
+            **dict(t0=0.0, t1=1.0, dt0=0.1, y0=y0, args=rate, max_steps=16),
+            adjoint=rvx.ReversibleAdjoint(),
+        )
+        return jnp.sum(solution.ys**2)
 
-    def of():
-        def loss(rate, y0, _):
-            laplacian = lambda y: jnp.roll(y, 1) - 2 * y + jnp.roll(y, -1)
-            solution = dfx.diffeqsolve(
-                dfx.ODETerm(lambda t, y, rate: rate * laplacian(y) + y**2),
-                rvx.Reversible(dfx.Tsit5()),
-                **dict(t0=0.0, t1=1.0, dt0=0.1, y0=y0, args=rate, max_steps=16),
-                adjoint=rvx.ReversibleAdjoint(),
-            )
-            return jnp.sum(solution.ys**2)
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    compiled = gradient.lower(0.3, jnp.ones(size), None).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
 
-        gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
-        compiled = gradient.lower(0.3, jnp.ones(4096), None).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
 
-    waiting = of()
-    monkeypatch.setattr(isolation, "_pull_after", lambda pull, zeros, ct: pull(ct))
+@pytest.mark.parametrize(
+    ("of", "name", "without"),
+    [
+        pytest.param(
+            isolation, "_pull_after", lambda pull, zeros, ct: pull(ct), id="pull-back"
+        ),
+        pytest.param(
+            Beginning, "encoded_again", lambda self, scheme, _: self.encoded(scheme),
+            id="beginning",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_done_later_spares_an_array_of_the_size_of_the_state(
+    monkeypatch, of, name, without
+):
+    """A pull-back that would lie in memory beside its evaluation; the words of the
+    initial state, which would lie there through both loops."""
+    size, scalars = 4096, 1024
+    later = bytes_of_a_stencil(size)
+    monkeypatch.setattr(of, name, without)
     jax.clear_caches()
-    assert of() - waiting >= 8 * 4096 - 1024
-
-
-def test_the_initial_state_as_integers_is_not_kept_through_both_loops(monkeypatch):
-    """Two words and a value of each number."""
-    known = rvx.ReversibleAdjoint(), 64, "batched", rvx.FixedPoint()
-    without = temporary_bytes(*known)
-    keep = lambda self, scheme, run_time: self.encoded(scheme)
-    monkeypatch.setattr(Beginning, "encoded_again", keep)
-    jax.clear_caches()
-    scalars = 256
-    assert temporary_bytes(*known) - without >= 3 * 8 * Y0.size - scalars
+    assert bytes_of_a_stencil(size) - later >= 8 * size - scalars
 
 
 @pytest.mark.heavy

@@ -10,6 +10,7 @@ In floating point both hold to round-off; in fixed point, `fixed_point.py`, to t
 """
 
 import abc
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -66,9 +67,9 @@ class AbstractArithmetic(eqx.Module):
 
     @abc.abstractmethod
     def double_gap(
-        self, y: Code, z: Code, halvings: Count, shed_bits: Any
+        self, y: Code, z: Code, halvings: Count, shed_bits: Callable[[], Any]
     ) -> tuple[Code, Code]:
-        """Undoes `halve_gap`, given what it lost."""
+        """Undoes `halve_gap`, given what it lost, which is `shed_bits()`."""
 
     @abc.abstractmethod
     def outgrown(self, code: Code) -> Bool[Array, ""]:
@@ -119,7 +120,7 @@ class FloatingPoint(AbstractArithmetic):
         return None
 
     def double_gap(
-        self, y: Code, z: Code, halvings: Count, shed_bits: None
+        self, y: Code, z: Code, halvings: Count, shed_bits: Any = None
     ) -> tuple[Code, Code]:
         share = lambda x: (power_of_two(halvings, x.dtype) - 1) / 2
         c = jtu.tree_map(lambda a, b: scaled(a - b, share(a)), y, z)

@@ -9,109 +9,59 @@ With the twins integers, (A) of `arithmetic.py` is integer addition. To halve th
 
 No halving, `b = 0`, sheds nothing and moves nothing.
 
-A fixed-point number `v` is an integer `n = v/q` of two machine words,
-
-    (Q)    n = high * 2**W + low,   q = largest * 2**(1 - 2*W),   |v| < largest
-
-with `W = 32` for single precision (and what is narrower) and 64 for double. `high` is
-signed, `low` is not; sums wrap, as two's complement does. All scalings are by powers of
-two, hence exact, so that compiling them in another way (fused, say) changes no bit.
+Adding to many numbers is a loop over memory for each of the two words, and a compiler
+repeats in each what it needs. So a number that was lost has no third array to say so,
+but one of the two lowest `high`; and its value is made of its words when it is read.
 """
 
-import dataclasses
 import functools as ft
 import math
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree, UInt, UInt32
+from jaxtyping import Array, Bool, Inexact, Int, PyTree, UInt, UInt32
 
+from .._xla.compat import unvmap_any
+from .._xla.elementwise import elementwise
 from .._xla.guard import with_derivative_of
 from .arithmetic import AbstractArithmetic, Code, State, power_of_two, scaled
 from .schedule import Count
+from .words import (
+    Scale,
+    Words,
+    has_wrapped,
+    is_lost,
+    minus,
+    outgrown,
+    parts_of,
+    plus,
+    shifted_left,
+    shifted_right,
+    whole,
+)
 
 
 class Number(eqx.Module):
-    """A fixed-point number, and its value in floating point, which carries derivatives.
+    """A fixed-point number, and a zero that has its derivatives.
 
-    NaN as the value marks a number that left its range, and everything made from it.
-    The words of a complex number are those of its parts, along one more axis.
+    A number that left its range has an upper word that says why, and so has everything
+    made from it; it is read as NaN. The words of a complex number are those of its
+    parts, along one more axis.
     """
 
     high: Int[Array, "..."]
     low: UInt[Array, "..."]
-    value: Inexact[Array, "..."]
+    carrier: Inexact[Array, "..."]
 
 
 def _is_number(x: Any) -> bool:
     return isinstance(x, Number)
-
-
-def parts_of(x: Array) -> Float[Array, "..."]:
-    """The real numbers that an array consists of, along one more axis if it is complex:
-    real part, imaginary part."""
-    return jnp.stack([x.real, x.imag], axis=-1) if jnp.iscomplexobj(x) else x
-
-
-def whole(parts: Float[Array, "..."], dtype: Any) -> Array:
-    """Undoes `_parts`, for an array of `dtype`."""
-    if not jnp.issubdtype(dtype, jnp.complexfloating):
-        return parts.astype(dtype)
-    parts = parts.astype(jnp.finfo(dtype).dtype)
-    return lax.complex(parts[..., 0], parts[..., 1])
-
-
-def _word(dtype: Any) -> int:
-    """`W` in (Q)."""
-    return 64 if jnp.finfo(dtype).bits == 64 else 32
-
-
-def _signed(word: Array) -> Array:
-    """An unsigned word's bits as a signed one."""
-    return lax.bitcast_convert_type(word, jnp.dtype(f"int{word.dtype.itemsize * 8}"))
-
-
-def _unsigned(word: Array) -> Array:
-    return lax.bitcast_convert_type(word, jnp.dtype(f"uint{word.dtype.itemsize * 8}"))
-
-
-Words = tuple[Array, Array]
-
-
-def _plus(a: Words, b: Words) -> Words:
-    low = a[1] + b[1]
-    carry = (low < a[1]).astype(a[0].dtype)
-    return a[0] + b[0] + carry, low
-
-
-def _minus(a: Words, b: Words) -> Words:
-    borrow = (a[1] < b[1]).astype(a[0].dtype)
-    return a[0] - b[0] - borrow, a[1] - b[1]
-
-
-def _shifted_right(a: Words, by: Count) -> Words:
-    """By less than a word."""
-    by, left = _shifts(a, by)
-    # No shift is as wide as a word, which would not be defined.
-    low = (a[1] >> by) | ((_unsigned(a[0]) << 1) << left)
-    return a[0] >> by.astype(a[0].dtype), low
-
-
-def _shifted_left(a: Words, by: Count) -> Words:
-    by, right = _shifts(a, by)
-    high = (_unsigned(a[0]) << by) | ((a[1] >> 1) >> right)
-    return _signed(high), a[1] << by
-
-
-def _shifts(a: Words, by: Count) -> tuple[Array, Array]:
-    """`by`, and what is left of a word, less one."""
-    by = jnp.asarray(by).astype(a[1].dtype)
-    return by, jnp.asarray(a[1].dtype.itemsize * 8 - 1, a[1].dtype) - by
 
 
 def _as_largest(value: Any) -> float | None:
@@ -124,69 +74,6 @@ def _as_largest(value: Any) -> float | None:
             f"number, as `reversax.FixedPoint(largest=...)`, not {value!r}."
         )
     return float(value)
-
-
-@dataclasses.dataclass(frozen=True)
-class Scale:
-    """(Q), for a largest number that was given or not."""
-
-    largest: float | None
-
-    def exponent(self, dtype: Any) -> int:
-        """`largest = 2**exponent` for states of this dtype.
-
-        **Raises:** `ValueError` if numbers of that dtype cannot be scaled so far.
-        """
-        word = _word(dtype)
-        if self.largest is None:
-            return 21 if word == 32 else 47
-        exponent = math.ceil(math.log2(self.largest))
-        # All scale factors must be normal numbers of the dtype that computes.
-        limit = (126 if word == 32 else 1022) - 2 * word
-        if not -limit <= exponent <= limit:
-            raise ValueError(
-                f"Rescale the state: `reversax.FixedPoint(largest={self.largest:g})` "
-                f"cannot hold numbers of dtype {dtype}, for which `largest` must lie "
-                f"between 2**{-limit} and 2**{limit}."
-            )
-        return exponent
-
-    def _scales(self, dtype: Any) -> tuple[np.ndarray, np.ndarray, Any]:
-        """The values of a unit of `high` and of `low`, and the dtype to compute in."""
-        wide = jnp.float64 if _word(dtype) == 64 else jnp.float32
-        word, exponent = _word(dtype), self.exponent(dtype)
-        scale = lambda k: np.asarray(2.0**k, wide)
-        return scale(exponent + 1 - word), scale(exponent + 1 - 2 * word), wide
-
-    def words(self, x: Array) -> Words:
-        """The nearest integer to `x/q`, (Q)."""
-        unit, _, wide = self._scales(x.dtype)
-        word = _word(x.dtype)
-        scaled = parts_of(x).astype(wide) * (1 / unit)
-        high = jnp.round(scaled)
-        # Exact, since it has no digits that `scaled` had not. In [-1/2, 1/2], of which
-        # both ends fit a signed word only below zero.
-        rest = jnp.round((scaled - high) * np.asarray(2.0**word, wide))
-        signed = jnp.dtype(f"int{word}")
-        magnitude = -_unsigned((-jnp.abs(rest)).astype(signed))
-        negative = rest < 0
-        low = jnp.where(negative, -magnitude, magnitude)
-        return high.astype(signed) - negative.astype(signed), low
-
-    def value(self, words: Words, dtype: Any) -> Array:
-        high, low = words
-        unit_high, unit_low, wide = self._scales(dtype)
-        # With `low` in [-2**(W-1), 2**(W-1)) small negative numbers keep their digits.
-        rest = _signed(low)
-        high = high - (rest >> (_word(dtype) - 1))
-        value = high.astype(wide) * unit_high + rest.astype(wide) * unit_low
-        return whole(value, dtype)
-
-    def exactly(self, words: Words, value: Array) -> tuple[Words, Array]:
-        """The words, and their value, differentiated as one that it rounds."""
-        exact = self.value(words, value.dtype)
-        exact = jnp.where(jnp.isnan(value), jnp.nan, exact)
-        return words, with_derivative_of(value, exact)
 
 
 class FixedPoint(AbstractArithmetic):
@@ -220,72 +107,71 @@ class FixedPoint(AbstractArithmetic):
         """`largest = 2**exponent` for states of this dtype."""
         return self._scale.exponent(dtype)
 
-    def _number(
-        self, words: Words, value: Array, before: "Number | None", addend: Array
-    ) -> Number:
-        """The number of these words, differentiated as `value`, which it rounds: of
-        what was `before`, and of what was added.
-
-        If one of the last two is out of range, words wrapped. Then the upper word says
-        whether the number was lost by its own size.
-        """
-        largest = 2.0 ** self.exponent(value.dtype)
-        # Phrased so that NaN fails.
-        constant = lambda x: parts_of(lax.stop_gradient(x))
-        inside, small = [jnp.abs(constant(x)) < largest for x in (value, addend)]
-        inside = inside & small
-        exact = parts_of(self._scale.value(words, value.dtype))
-        exact = whole(jnp.where(inside, exact, jnp.nan), value.dtype)
-        high, low = words
-        why = jnp.isfinite(constant(addend)).astype(high.dtype)
-        if before is not None:
-            why = jnp.where(jnp.isnan(constant(before.value)), before.high, why)
-        exact = with_derivative_of(value, exact)
-        return Number(jnp.where(inside, high, why), low, exact)
-
     def encode(self, y: State) -> Code:
-        return jtu.tree_map(lambda x: self._number(self._scale.words(x), x, None, x), y)
+        def leaf(x):
+            words = self._scale.words(lax.stop_gradient(x))
+            high = self._scale.upper(words, *self._scale.out_of_range(x), x.dtype)
+            return _number(high, words[1], x)
+
+        return jtu.tree_map(leaf, y)
 
     def decode(self, code: Code) -> State:
-        return jtu.tree_map(lambda x: x.value, code, is_leaf=_is_number)
+        def leaf(x):
+            if x.high is None or x.high.dtype == jax.dtypes.float0:
+                return x.carrier  # Of a cotangent.
+            value = parts_of(self._scale.value((x.high, x.low), x.carrier.dtype))
+            value = jnp.where(is_lost(x.high), jnp.nan, value)
+            value = whole(value, x.carrier.dtype)
+            return with_derivative_of(x.carrier, value)
+
+        return jtu.tree_map(leaf, code, is_leaf=_is_number)
 
     def add(self, code: Code, increment: State) -> Code:
-        return self._moved(_plus, code, increment)
+        def leaf(x, d):
+            a, b = (x.high, x.low), self._scale.words(lax.stop_gradient(d))
+            total = plus(a, b)  # (A)
+            wrong = has_wrapped(total, a, b)
+            high = _upper_of_sum(self._scale, x, d, total, wrong)
+            return _number(high, total[1], x.carrier + d)
+
+        return jtu.tree_map(leaf, code, increment, is_leaf=_is_number)
 
     def subtract(self, code: Code, increment: State) -> Code:
-        return self._moved(_minus, code, increment)
-
-    def _moved(self, by: Callable, code: Code, increment: State) -> Code:
         def leaf(x, d):
-            words = by((x.high, x.low), self._scale.words(lax.stop_gradient(d)))
-            value = x.value + d if by is _plus else x.value - d
-            return self._number(words, value, x, d)  # (A)
+            a, b = (x.high, x.low), self._scale.words(lax.stop_gradient(d))
+            left = minus(a, b)  # (A)
+            wrong = has_wrapped(a, left, b)
+            high = _upper_of_sum(self._scale, x, d, left, wrong)
+            return _number(high, left[1], x.carrier - d)
 
         return jtu.tree_map(leaf, code, increment, is_leaf=_is_number)
 
     def reflect(self, code: Code, about: Code) -> Code:
-        def leaf(x, a):
-            to = _minus((a.high, a.low), (x.high, x.low))
-            distance = a.value - x.value
-            words = _plus((a.high, a.low), to)
-            return self._number(words, a.value + distance, a, distance)
+        def leaf(x, about):
+            a, b = (about.high, about.low), (x.high, x.low)
+            to = minus(a, b)
+            words = plus(a, to)
+            wrong = has_wrapped(a, to, b) | has_wrapped(words, a, to)
+            why = outgrown(x.high.dtype)
+            high = self._scale.upper(words, wrong, why, x.carrier.dtype)
+            carrier = 2 * about.carrier - x.carrier
+            high = _unless_lost(high, x.high, about.high)
+            return _number(high, words[1], carrier)
 
         return jtu.tree_map(leaf, code, about, is_leaf=_is_number)
 
     def halve_gap(self, y: Code, z: Code, halvings: Count) -> tuple[Code, Code]:
-        def leaf(y, z):
-            a, b = (y.high, y.low), (z.high, z.low)
-            g = _shifted_right(_minus(a, b), 1)  # (H1)
-            c = _minus(g, _shifted_right(g, halvings))  # (H1)
-            gap = y.value - z.value
-            share = (1 - 1 / power_of_two(halvings, gap.dtype)) / 2
-            move = scaled(gap, share)
-            return (
-                self._number(_minus(a, c), y.value - move, y, gap),
-                self._number(_plus(b, c), z.value + move, z, gap),
-            )
+        def leaf(dtype, halvings, a, b):
+            gap = minus(a, b)
+            g = shifted_right(gap, 1)  # (H1)
+            c = minus(g, shifted_right(g, halvings))  # (H1)
+            # Neither can leave the range, if the gap between them has not.
+            wrong = has_wrapped(a, gap, b)
+            new = minus(a, c), plus(b, c)
+            return _moved_apart(self._scale, dtype, (a, b), new, wrong)
 
-        return _unzip(jtu.tree_map(leaf, y, z, is_leaf=_is_number))
+        factor = lambda dtype: (1 / power_of_two(halvings, dtype) - 1) / 2
+        return _where_any(leaf, halvings, factor, y, z)
 
     def shed_bits(
         self, y: Code, z: Code, halvings: Count
@@ -295,42 +181,39 @@ class FixedPoint(AbstractArithmetic):
         return jtu.tree_map(leaf, y, z, is_leaf=_is_number)
 
     def double_gap(
-        self, y: Code, z: Code, halvings: Count, shed_bits: Any
+        self, y: Code, z: Code, halvings: Count, shed_bits: Callable[[], Any]
     ) -> tuple[Code, Code]:
-        exactly = self._scale.exactly
-
-        def leaf(y, z, bits):
-            a, b = (y.high, y.low), (z.high, z.low)
-            upper = _shifted_right(_minus(a, b), 1)
+        def leaf(dtype, halvings, a, b, bits):
+            upper = shifted_right(minus(a, b), 1)
             # The lowest bits of what is shifted are zero.
-            high, low = _shifted_left(upper, halvings)
+            high, low = shifted_left(upper, halvings)
             g = high, low + bits.astype(low.dtype)  # (H2)
-            c = _minus(g, upper)  # (H2)
-            factor = power_of_two(halvings, y.value.dtype)
-            # From the integers: the halved gap has lost the digits of its value.
-            gap = scaled(self._scale.value(g, y.value.dtype), 2)
-            move = scaled(y.value - z.value, (factor - 1) / 2)
-            return (
-                self._number(*exactly(_plus(a, c), y.value + move), y, gap),
-                self._number(*exactly(_minus(b, c), z.value - move), z, gap),
-            )
+            c = minus(g, upper)  # (H2)
+            y1, z1 = plus(a, c), minus(b, c)
+            # Nothing that `halve_gap` returned is.
+            wrong = shifted_right(g, halvings)[0] != upper[0]
+            wrong = wrong | has_wrapped(y1, a, c) | has_wrapped(b, z1, c)
+            return _moved_apart(self._scale, dtype, (a, b), (y1, z1), wrong)
 
-        return _unzip(jtu.tree_map(leaf, y, z, shed_bits, is_leaf=_is_number))
+        factor = lambda dtype: (power_of_two(halvings, dtype) - 1) / 2
+        return _where_any(leaf, halvings, factor, y, z, shed_bits)
 
     def outgrown(self, code: Code) -> Bool[Array, ""]:
-        lost = lambda x: jnp.any(jnp.isnan(parts_of(x.value)) & (x.high != 0))
+        lost = lambda x: jnp.any(x.high == outgrown(x.high.dtype))
         found = map(lost, jtu.tree_leaves(code, is_leaf=_is_number))
         return ft.reduce(jnp.logical_or, found, jnp.array(False))
 
     def difference(self, a: Code, b: Code) -> State:
         def leaf(a, b):
-            words = _minus((a.high, a.low), (b.high, b.low))
-            value = parts_of(self._scale.value(words, dtype := a.value.dtype))
+            words = minus((a.high, a.low), (b.high, b.low))
+            dtype = a.carrier.dtype
+            value = parts_of(self._scale.value(words, dtype))
             # Half precision has no number as small as a unit.
             same = (a.high == b.high) & (a.low == b.low)
             value = jnp.where(~same & (value == 0), jnp.finfo(dtype).tiny, value)
-            apart = a.value - b.value  # NaN if either is.
-            value = jnp.where(jnp.isnan(apart), jnp.nan, whole(value, dtype))
+            lost = is_lost(a.high) | is_lost(b.high)
+            value = whole(jnp.where(lost, jnp.nan, value), dtype)
+            apart = a.carrier - b.carrier
             return with_derivative_of(apart, value)
 
         return jtu.tree_map(leaf, a, b, is_leaf=_is_number)
@@ -340,10 +223,74 @@ class FixedPoint(AbstractArithmetic):
         return jtu.tree_map(of, code, ct, is_leaf=_is_number)
 
 
-def _unzip(pairs: PyTree) -> tuple[Code, Code]:
-    is_pair = lambda x: type(x) is tuple and len(x) == 2 and _is_number(x[0])
-    pick = lambda i: jtu.tree_map(lambda x: x[i], pairs, is_leaf=is_pair)
+Two = tuple[Words, Words]
+
+
+def _number(high: Array, low: Array, carrier: Array) -> Number:
+    """With a carrier that is the same in all numbers: no loop has to carry it."""
+    zeros = jnp.zeros_like(carrier)
+    return Number(high, low, with_derivative_of(carrier, zeros))
+
+
+def _upper_of_sum(
+    scale: Scale, x: Number, d: Array, words: Words, wrong: Array
+) -> Array:
+    """The upper word of `x` moved by `d` to these, unless one of the two was lost."""
+    too_large, why = scale.out_of_range(d)
+    high = scale.upper(words, wrong | too_large, why, d.dtype)
+    return jnp.where(is_lost(x.high), x.high, high)
+
+
+def _unless_lost(high: Array, a: Array, b: Array) -> Array:
+    """The upper word of what follows from two numbers with the upper words `a`, `b`."""
+    before = jnp.minimum(a, b)
+    return jnp.where(is_lost(before), before, high)
+
+
+def _moved_apart(
+    scale: Scale, dtype: Any, old: Two, new: Two, wrong: Array
+) -> list[Array]:
+    """The new words of two numbers, unless one of them was lost."""
+    why = outgrown(old[0][0].dtype)
+    uppers = [scale.upper(x, wrong, why, dtype) for x in new]
+    uppers = [_unless_lost(x, old[0][0], old[1][0]) for x in uppers]
+    return [uppers[0], new[0][1], uppers[1], new[1][1]]
+
+
+def _where_any(
+    leaf: Callable, halvings: Count, factor: Callable, y: Code, z: Code, *more: Callable
+) -> tuple[Code, Code]:
+    """The numbers of the words that `leaf` returns of those of `y` and `z` (and of
+    `more`), which move apart by `factor` of their gap, if there are halvings."""
+    ys, treedef = jtu.tree_flatten(y, is_leaf=_is_number)
+    zs = jtu.tree_leaves(z, is_leaf=_is_number)
+    words = [[y.high, y.low, z.high, z.low] for y, z in zip(ys, zs, strict=True)]
+
+    def moved() -> list[list[Array]]:
+        out, others = [], [jtu.tree_leaves(fn()) for fn in more]
+        for i, y in enumerate(ys):
+            of_words = ft.partial(_of_words, leaf, y.carrier.dtype)
+            rest = [other[i] for other in others]
+            out.append(elementwise(of_words, halvings, *words[i], *rest))
+        return out
+
+    if not isinstance(halvings, int):
+        # Of many steps few do halve, so that skipping is worth a conditional. One for
+        # all the lanes of a batch, for it to remain one.
+        words = lax.cond(unvmap_any(halvings > 0), moved, lambda: words)
+    else:
+        words = moved()
+    out = []
+    for y, z, (y_high, y_low, z_high, z_low) in zip(ys, zs, words, strict=True):
+        move = scaled(y.carrier - z.carrier, factor(y.carrier.dtype))
+        y1 = _number(y_high, y_low, y.carrier + move)
+        out.append((y1, _number(z_high, z_low, z.carrier - move)))
+    pick = lambda i: treedef.unflatten([pair[i] for pair in out])
     return pick(0), pick(1)
+
+
+def _of_words(leaf, dtype, halvings, y_high, y_low, z_high, z_low, *rest):
+    return leaf(dtype, halvings, (y_high, y_low), (z_high, z_low), *rest)
 
 
 FixedPoint.__init__.__doc__ = """**Arguments:**

@@ -28,13 +28,11 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.core
-import jax.lax as lax
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._numbers.arithmetic import AbstractArithmetic, State, scaled
 from .._numbers.schedule import MOST, SELDOM, AbstractSchedule, Count, Index, PerStep
-from .._xla.compat import unvmap_any
 
 
 class Pair(NamedTuple):
@@ -159,8 +157,7 @@ class Symmetric(AbstractCoupling):
         return PerStep(p, q, start)
 
     def mix(self, arithmetic: AbstractArithmetic, pair: Pair, halvings: Count) -> Pair:
-        halve = lambda: Pair(*arithmetic.halve_gap(pair.y, pair.z, halvings))
-        return _where_halved(arithmetic, pair, halvings, halve)  # (S)
+        return Pair(*arithmetic.halve_gap(pair.y, pair.z, halvings))  # (S)
 
     def unmix(
         self,
@@ -169,10 +166,8 @@ class Symmetric(AbstractCoupling):
         halvings: Count,
         shed_bits: Callable[[], Any],
     ) -> Pair:
-        double = lambda: Pair(
-            *arithmetic.double_gap(pair.y, pair.z, halvings, shed_bits())
-        )
-        return _where_halved(arithmetic, pair, halvings, double)  # (S)
+        known = halvings, shed_bits
+        return Pair(*arithmetic.double_gap(pair.y, pair.z, *known))  # (S)
 
     def readout(self, pair: Pair) -> State:
         return jtu.tree_map(lambda y, z: scaled(y + z, 0.5), pair.y, pair.z)  # (S)
@@ -188,20 +183,6 @@ class Symmetric(AbstractCoupling):
 
     def order(self, base_order: int) -> int:
         return base_order + base_order % 2
-
-
-def _where_halved(
-    arithmetic: AbstractArithmetic,
-    pair: Pair,
-    halvings: Count,
-    moved: Callable[[], Pair],
-) -> Pair:
-    """The moved pair. (Without halvings it is `pair`.)"""
-    if isinstance(halvings, int) or not arithmetic.exact:
-        return moved()
-    # Of many steps few do halve, so that skipping is worth a conditional. One for all
-    # the lanes of a batch, for it to remain one.
-    return lax.cond(unvmap_any(halvings > 0), moved, lambda: pair)
 
 
 Symmetric.__init__.__doc__ = f"""**Arguments:**

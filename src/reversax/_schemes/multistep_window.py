@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Int, PyTree
 
 from .._numbers.arithmetic import AbstractArithmetic, State
-from .._numbers.fixed_point import parts_of, whole
+from .._numbers.words import parts_of, whole
 from .._xla.guard import with_derivative_of
 from .control import Control, times
 from .kept import Kept

@@ -126,7 +126,17 @@ mlir.register_lowering(
     _with_derivative_of_p,
     mlir.lower_fun(lambda x, value: value, multiple_results=False),
 )
-batching.defbroadcasting(_with_derivative_of_p)
+
+
+def _with_derivative_of_batch(args, dims):
+    sizes = [x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None]
+    # Of both: the value may be the same in all lanes, and its derivative not.
+    pairs = zip(args, dims, strict=True)
+    in_lanes = [batching.bdim_at_front(x, d, sizes[0]) for x, d in pairs]
+    return _with_derivative_of_p.bind(*in_lanes), 0
+
+
+batching.primitive_batchers[_with_derivative_of_p] = _with_derivative_of_batch
 
 
 def _with_derivative_of_jvp(primals, tangents):
