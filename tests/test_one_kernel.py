@@ -1,6 +1,7 @@
 """Small loops are compiled into one kernel, and nothing is lost by it."""
 
 import functools as ft
+import re
 
 import diffrax as dfx
 import equinox as eqx
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import reversax as rvx
+from reversax._schemes import moves
 from reversax._xla.one_kernel import in_one_kernel
 from reversax._xla.rounding import with_rounded_products
 
@@ -279,3 +281,50 @@ def test_products_are_rounded_by_themselves_in_loops_and_branches_too():
         program = jax.make_jaxpr(fn)(a, b, c)
         rounded = jax.jit(ft.partial(with_rounded_products, program))
         np.testing.assert_array_equal(rounded(jnp.zeros(()), (a, b, c))[0], 0)
+
+
+def number_of_loops(field, solver, args):
+    def loss(args):
+        known = dict(adjoint=rvx.ReversibleAdjoint(), max_steps=16)
+        term = dfx.ODETerm(field)
+        y0 = jnp.ones(8)
+        return jnp.sum(dfx.diffeqsolve(term, solver, 0, 1, 0.1, y0, args, **known).ys)
+
+    return jax.jit(jax.grad(loss)).lower(args).as_text().count("stablehlo.while")
+
+
+def test_halves_of_one_evaluation_and_few_parameters_are_no_loop():
+    """But two copies: one loop less forward, and one back."""
+    decay = lambda t, y, a: -a * y
+    dense = lambda t, y, a: jnp.tanh(a @ y)
+    euler, heun = rvx.Reversible(dfx.Euler()), rvx.Reversible(dfx.Heun())
+    loops = number_of_loops(decay, heun, jnp.asarray(0.1))
+    assert number_of_loops(decay, euler, jnp.asarray(0.1)) == loops - 2
+    few, many = jnp.ones((8, 8)) / 8, jnp.ones((8, 64)) / 64
+    wide = lambda t, y, a: dense(t, jnp.tanh(a.T @ y), a)
+    assert number_of_loops(dense, euler, few) == number_of_loops(dense, heun, few) - 2
+    assert number_of_loops(wide, euler, many) == number_of_loops(wide, heun, many)
+
+
+def takes_numbers_from_a_stack(program):
+    """The computations of whole arrays in which a single number is read at an index
+    that is not known before run time."""
+    bodies = re.findall(r"^%[^\n]*\{\n(.*?)^\}", program.as_text(), re.M | re.S)
+    single = re.compile(r"= f64\[1\]\{0\} dynamic-slice\(")
+    whole = re.compile(r"= f64\[\d+,3\]")
+    fused = [body for body in bodies if " fusion(" not in body]
+    return [body for body in fused if single.search(body) and whole.search(body)]
+
+
+def test_no_operation_on_a_state_takes_its_numbers_from_a_stack(monkeypatch):
+    """Of those of the two halves, of which none on vectors would be made."""
+
+    def field(t, y, a):
+        x, u, z = y[..., 0], y[..., 1], y[..., 2]
+        return jnp.stack([u - x, x * (a - z) - u, x * u - z], -1)
+
+    compiled = lambda: gradient_of(field, jnp.ones((16, 3))).compile()
+    assert not takes_numbers_from_a_stack(compiled())
+    monkeypatch.setattr(moves, "_written_out", lambda row: row)
+    jax.clear_caches()
+    assert takes_numbers_from_a_stack(compiled())

@@ -21,6 +21,7 @@ from .._numbers.arithmetic import State
 from .._xla.isolation import (
     Evaluation,
     Function,
+    bytes_of,
     evaluate,
     evaluate_isolated,
     evaluate_with_residuals,
@@ -31,6 +32,9 @@ from .control import Control, Leg, Time
 from .increment import AbstractIncrement, Advance, Core
 
 Axes = PyTree[int | None]
+
+_FEW_BYTES = 2**10
+"""Of parameters, of each of which two increments have cotangents of their own."""
 
 _MAPPED: Any = eqx.if_array(0)
 _NOT_MAPPED: Any = None
@@ -51,8 +55,8 @@ NO_LANES = Lanes()
 
 
 class Fields(eqx.Module):
-    """`Psi_{t1 - t0}(t0, .)`, its parameters in two pieces: what is differentiated and
-    the rest, to be joined by `equinox.combine`."""
+    """`Psi_{t1 - t0}(t0, .)`, its parameters in two pieces, to be joined by
+    `equinox.combine`: what is differentiated, and the rest."""
 
     diff: AbstractIncrement
     nondiff: AbstractIncrement
@@ -69,6 +73,12 @@ class Fields(eqx.Module):
     """Whether the times of the steps are differentiated too."""
     lane: Int[Array, ""] | None = None
     """In the forward pass of one lane of a batch, which."""
+
+    @property
+    def is_short(self) -> bool:
+        """Whether two increments are rather written out than put into a loop."""
+        once = eqx.combine(self.diff, self.nondiff).evaluates_once
+        return self.isolated and once and bytes_of(self.diff) <= _FEW_BYTES
 
     # The forward pass of one lane.
 

@@ -79,6 +79,8 @@ class AbstractIncrement(eqx.Module):
     """The control of the step from one time to a later one."""
     may_move: eqx.AbstractVar[bool]
     """Whether a step of no length might not return its state, for all that is known."""
+    is_short: ClassVar[bool] = False
+    """As of [`Fields`][], where it is no part of them."""
 
     @abc.abstractmethod
     def core(self, leg: Leg, y: State, *, extends: bool, lanes: int = 1) -> Core:
@@ -103,6 +105,11 @@ class AbstractIncrement(eqx.Module):
     def __call__(self, leg: Leg, y: State, *, error: bool, dense: bool) -> Advance:
         core = self.core(leg, y, extends=error or dense)
         return self.extend(leg, y, core, error=error, dense=dense)
+
+    @property
+    def evaluates_once(self) -> bool:
+        """Whether the core is known to take one evaluation of the vector field."""
+        return False
 
     def is_certain(self, which: int) -> bool:
         """Whether a field has the same bits wherever it stands, but for a contraction
@@ -215,6 +222,10 @@ class TableauIncrement(AbstractIncrement):
     """From which size of a state on the arguments of the vector field are written to
     memory, if at all."""
     may_move: ClassVar[bool] = False
+
+    @property
+    def evaluates_once(self) -> bool:
+        return len(self.tableau.stages_behind(self.tableau.b)) == 1
 
     def writes_stages(self, y: State, lanes: int) -> bool:
         """Whether they are, of so many lanes."""

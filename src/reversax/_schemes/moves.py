@@ -30,7 +30,7 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from .._numbers.arithmetic import AbstractArithmetic, Code
-from .._xla.isolation import Evaluation
+from .._xla.isolation import Evaluation, written_out
 from .control import Leg
 from .kept import Kept, value_of
 
@@ -238,16 +238,23 @@ class Repeated(AbstractMove):
     def leg(self) -> list:
         return [move.leg for move in self.moves]
 
+    def _is_short(self, context: Context) -> bool:
+        """Whether the moves are rather written out than put into a loop: two of few
+        operations, of which a loop would copy what it carries."""
+        arrays = jtu.tree_leaves(eqx.filter(self.moves, _is_array))
+        return context.fields.is_short and all(len(x) == 2 for x in arrays)
+
     def take(self, context: Context, codes: Codes):
         fn = lambda codes, moves: take(moves, context, codes)
-        return _through(fn, codes, self.moves)
+        return _through(fn, codes, self.moves, unroll=self._is_short(context))
 
     def undo(self, context: Context, codes: Codes):
         def fn(codes, moves):
             trail = undo(moves, context, codes)
             return trail.codes[0], trail.met
 
-        unroll = context.fields.dense  # For the sake of what was met, all of it kept.
+        # The first for the sake of what was met, all of it kept.
+        unroll = context.fields.dense or self._is_short(context)
         return _through(fn, codes, self.moves, reverse=True, unroll=unroll)
 
     def pull(self, context: Context, met, ct: Cotangents, ct_met=None):
@@ -265,7 +272,8 @@ class Repeated(AbstractMove):
             codes, ct, ct_legs = undo_and_pull(moves, context, *carry)
             return (codes, ct), ct_legs
 
-        (codes, ct), ct_legs = _through(fn, (codes, ct), self.moves, reverse=True)
+        known = dict(reverse=True, unroll=self._is_short(context))
+        (codes, ct), ct_legs = _through(fn, (codes, ct), self.moves, **known)
         return codes, ct, ct_legs
 
 
@@ -297,6 +305,8 @@ def _through(
     rows, static = eqx.partition(xs, _is_array)
 
     def body(carry, row):
+        if not unroll:
+            row = _written_out(row)
         carry, out = fn(carry, eqx.combine(row, static))
         arrays, others = eqx.partition(out, eqx.is_array)
         noted.append(others)
@@ -304,6 +314,13 @@ def _through(
 
     carry, out = lax.scan(body, carry, rows, reverse=reverse, unroll=2 * unroll or 1)
     return carry, eqx.combine(out, noted[-1])
+
+
+def _written_out(row: PyTree[Array]) -> PyTree[Array]:
+    """A row, written to memory. A compiler takes its numbers from the stack where they
+    are used, in each operation on each element, which is then none on vectors."""
+    numbers = [x for x in jtu.tree_leaves(row) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return written_out(row, numbers[0]) if numbers else row
 
 
 def row(stacked: PyTree, i: int) -> PyTree:

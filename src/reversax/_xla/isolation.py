@@ -381,8 +381,8 @@ def _from_raw(raw: Array, dtype: Any) -> Array:
 
 def written_out(tree: PyTree[Array], run_time: Array) -> PyTree[Array]:
     """`tree`, written to memory: what reads it is not fused with what computes it."""
-    nan = lambda tree: jtu.tree_map(lambda x: jnp.full_like(x, jnp.nan), tree)
-    return lax.cond(run_time_true(run_time), lambda tree: tree, nan, tree)
+    nothing = lambda tree: jtu.tree_map(_nothing, tree)
+    return lax.cond(run_time_true(run_time), lambda tree: tree, nothing, tree)
 
 
 def rounded_product(a: Array, b: Array) -> Array:
