@@ -100,10 +100,9 @@ class Fields(eqx.Module):
         (increment, inexact), (other, result) = evaluation.value, evaluation.other
         return Core(increment, eqx.combine(inexact, other), result)
 
-    def extend(self, *args, error: bool, dense: bool) -> Advance:
+    def extend(self, *args, **kwargs) -> Advance:
         """As that of the increment."""
-        increment = eqx.combine(self.diff, self.nondiff)
-        return increment.extend(*args, error=error, dense=dense)
+        return eqx.combine(self.diff, self.nondiff).extend(*args, **kwargs)
 
     # Both passes. With lanes, of all of them: all but `self` has a leading axis.
 
