@@ -22,17 +22,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
-import jax
-import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from .._numbers.arithmetic import AbstractArithmetic, Code
-from .._xla.isolation import Evaluation, written_out
+from .._xla.isolation import Evaluation
 from .control import Leg
 from .kept import Kept, value_of
+from .rows import is_array, through
 
 Codes = tuple[Code, ...]
 """The parts of a state, in an arithmetic. Of their values the tree is the same."""
@@ -241,12 +239,12 @@ class Repeated(AbstractMove):
     def _is_short(self, context: Context) -> bool:
         """Whether the moves are rather written out than put into a loop: two of few
         operations, of which a loop would copy what it carries."""
-        arrays = jtu.tree_leaves(eqx.filter(self.moves, _is_array))
+        arrays = jtu.tree_leaves(eqx.filter(self.moves, is_array))
         return context.fields.is_short and all(len(x) == 2 for x in arrays)
 
     def take(self, context: Context, codes: Codes):
         fn = lambda codes, moves: take(moves, context, codes)
-        return _through(fn, codes, self.moves, unroll=self._is_short(context))
+        return through(fn, codes, self.moves, unroll=self._is_short(context))
 
     def undo(self, context: Context, codes: Codes):
         def fn(codes, moves):
@@ -255,7 +253,7 @@ class Repeated(AbstractMove):
 
         # The first for the sake of what was met, all of it kept.
         unroll = context.fields.dense or self._is_short(context)
-        return _through(fn, codes, self.moves, reverse=True, unroll=unroll)
+        return through(fn, codes, self.moves, reverse=True, unroll=unroll)
 
     def pull(self, context: Context, met, ct: Cotangents, ct_met=None):
         ct_met = [None for _ in self.moves] if ct_met is None else ct_met
@@ -265,7 +263,7 @@ class Repeated(AbstractMove):
             return _pull(moves, context, met, ct, ct_met)
 
         xs = self.moves, met, ct_met
-        return _through(fn, ct, xs, reverse=True, unroll=True)
+        return through(fn, ct, xs, reverse=True, unroll=True)
 
     def undo_and_pull(self, context: Context, codes: Codes, ct: Cotangents):
         def fn(carry, moves):
@@ -273,7 +271,7 @@ class Repeated(AbstractMove):
             return (codes, ct), ct_legs
 
         known = dict(reverse=True, unroll=self._is_short(context))
-        (codes, ct), ct_legs = _through(fn, (codes, ct), self.moves, **known)
+        (codes, ct), ct_legs = through(fn, (codes, ct), self.moves, **known)
         return codes, ct, ct_legs
 
 
@@ -282,50 +280,9 @@ Moves = Sequence[AbstractMove]
 
 def stacked(moves: Moves) -> Any:
     """Moves of one kind, for [`Repeated`][]."""
-    parts = [eqx.partition(move, _is_array) for move in moves]
+    parts = [eqx.partition(move, is_array) for move in moves]
     arrays = jtu.tree_map(lambda *x: jnp.stack(x), *[a for a, _ in parts])
     return eqx.combine(arrays, parts[0][1])
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray)
-
-
-def _through(
-    fn: Callable[[Any, Any], tuple[Any, Any]],
-    carry: PyTree[Array],
-    xs: PyTree,
-    *,
-    reverse: bool = False,
-    unroll: bool = False,
-) -> tuple[PyTree[Array], PyTree[Any]]:
-    """`jax.lax.scan` over rows, but `fn` may be given, and return, what is no array, if
-    it is the same for all."""
-    noted: list = []
-    rows, static = eqx.partition(xs, _is_array)
-
-    def body(carry, row):
-        if not unroll:
-            row = _written_out(row)
-        carry, out = fn(carry, eqx.combine(row, static))
-        arrays, others = eqx.partition(out, eqx.is_array)
-        noted.append(others)
-        return carry, arrays
-
-    carry, out = lax.scan(body, carry, rows, reverse=reverse, unroll=2 * unroll or 1)
-    return carry, eqx.combine(out, noted[-1])
-
-
-def _written_out(row: PyTree[Array]) -> PyTree[Array]:
-    """A row, written to memory. A compiler takes its numbers from the stack where they
-    are used, in each operation on each element, which is then none on vectors."""
-    numbers = [x for x in jtu.tree_leaves(row) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return written_out(row, numbers[0]) if numbers else row
-
-
-def row(stacked: PyTree, i: int) -> PyTree:
-    """One of several, stacked."""
-    return jtu.tree_map(lambda x: x[i] if eqx.is_array(x) else x, stacked)
 
 
 def take(moves: Moves, context: Context, codes: Codes) -> tuple[Codes, list]:

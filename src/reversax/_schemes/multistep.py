@@ -32,7 +32,7 @@ from .increment import (
     check_like_state,
     make_increment,
 )
-from .moves import Codes, Context, Moves, Repeated, row, stacked
+from .moves import Codes, Context, Moves, Repeated, stacked
 from .multistep_dense import AbstractWindowed, WindowInterpolation
 from .multistep_moves import Correct, Extend, as_born
 from .multistep_start import Launch, Slope, Turn
@@ -46,6 +46,7 @@ from .multistep_window import (
     sum_of,
     zeros_of,
 )
+from .rows import row
 from .scheme import Grid, Lost, Span, Values
 
 START, FIELD, SUM = range(3)

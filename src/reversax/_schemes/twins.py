@@ -56,8 +56,8 @@ from .moves import (
     Swap,
     Trail,
     add_some,
-    row,
 )
+from .rows import row
 from .scheme import (
     AbstractAlike,
     CotangentsOfDense,

@@ -1,0 +1,72 @@
+"""The same function of several rows, one after the other: in a loop, traced and
+compiled once, or written out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from .._xla.isolation import written_out
+
+
+def is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray)
+
+
+def through(
+    fn: Callable[[Any, Any], tuple[Any, Any]],
+    carry: PyTree[Array],
+    xs: PyTree,
+    *,
+    reverse: bool = False,
+    unroll: bool = False,
+) -> tuple[PyTree[Array], PyTree[Any]]:
+    """`jax.lax.scan` over rows, but `fn` may be given, and return, what is no array, if
+    it is the same for all."""
+    noted: list = []
+    rows, static = eqx.partition(xs, is_array)
+    rows, apart = (rows, lambda row: row) if unroll else _numbers_together(rows)
+
+    def body(carry, row):
+        carry, out = fn(carry, eqx.combine(apart(row), static))
+        arrays, others = eqx.partition(out, eqx.is_array)
+        noted.append(others)
+        return carry, arrays
+
+    carry, out = lax.scan(body, carry, rows, reverse=reverse, unroll=2 * unroll or 1)
+    return carry, eqx.combine(out, noted[-1])
+
+
+def _numbers_together(
+    rows: PyTree[Array],
+) -> tuple[tuple[list[Array], list[Array]], Callable]:
+    """Rows, with the numbers among them in one array for each dtype: each buffer takes
+    64 bytes, however little is in it. And what makes one of these rows as it was."""
+    leaves, treedef = jtu.tree_flatten(rows)
+    is_number = lambda x: x.ndim == 1 and jnp.issubdtype(x.dtype, jnp.inexact)
+    kinds = [str(x.dtype) if is_number(x) else "" for x in leaves]
+    names = sorted({*kinds} - {""})
+    of_kind = lambda name: [x for x, k in zip(leaves, kinds, strict=True) if k == name]
+    together = [jnp.stack(of_kind(name), axis=1) for name in names]
+
+    def apart(row: tuple[list[Array], list[Array]]) -> PyTree[Array]:
+        numbers, others = row
+        # A compiler takes numbers from the stack where they are used, in each operation
+        # on each element, which is then none on vectors. Written to memory it does not.
+        numbers = written_out(numbers, numbers[0]) if numbers else numbers
+        left = {name: iter(xs) for name, xs in zip(names, numbers, strict=True)}
+        left[""] = iter(others)
+        return treedef.unflatten([next(left[kind]) for kind in kinds])
+
+    return (together, of_kind("")), apart
+
+
+def row(stacked: PyTree, i: int) -> PyTree:
+    """One of several, stacked."""
+    return jtu.tree_map(lambda x: x[i] if eqx.is_array(x) else x, stacked)
