@@ -20,7 +20,7 @@ from reversax._schemes.increment import (
     _tableau,
     make_increment,
 )
-from reversax._schemes.moves import row
+from reversax._schemes.rows import row
 from reversax._schemes.scheme import Span
 from reversax._schemes.twins import legs_of
 
