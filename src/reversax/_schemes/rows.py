@@ -56,10 +56,10 @@ def _numbers_together(
     together = [jnp.stack(of_kind(name), axis=1) for name in names]
 
     def apart(row: tuple[list[Array], list[Array]]) -> PyTree[Array]:
-        numbers, others = row
-        # A compiler takes numbers from the stack where they are used, in each operation
-        # on each element, which is then none on vectors. Written to memory it does not.
-        numbers = written_out(numbers, numbers[0]) if numbers else numbers
+        # A compiler takes a row from the stack where it is used, in each operation on
+        # each element, which is then none on vectors. Written to memory it does not.
+        inexact = jtu.tree_leaves(eqx.filter(row, eqx.is_inexact_array))
+        numbers, others = written_out(row, inexact[0]) if inexact else row
         left = {name: iter(xs) for name, xs in zip(names, numbers, strict=True)}
         left[""] = iter(others)
         return treedef.unflatten([next(left[kind]) for kind in kinds])
