@@ -98,6 +98,7 @@ def test_sums_are_those_of_the_integers_and_undone_to_the_bit(dtype, data):
     assert integers(FIXED.add(code, -increment)) == integers(
         FIXED.subtract(code, increment)
     )
+    assert jnp.array_equal(FIXED.decode(again), FIXED.decode(code))
 
 
 @by_dtype
@@ -121,6 +122,7 @@ def test_a_halved_gap_is_doubled_to_the_bit_with_the_bits_it_shed(
     again = FIXED.double_gap(*halved, halvings, shed_bits)
     for new, old in zip(again, (y, z), strict=True):
         assert integers(new) == integers(old)
+        assert jnp.array_equal(FIXED.decode(new), FIXED.decode(old))
     # It is the same if their number is not known before run time; and each bit matters.
     number = jnp.uint32(halvings)
     at_run_time = HALVE(y, z, number)
@@ -196,8 +198,7 @@ def test_an_increment_or_a_gap_beyond_the_range_is_not_taken_for_a_smaller_one(d
     assert all(map(is_lost, arithmetic.halve_gap(*apart, 1)))
     apart = encode(0.3), encode(-0.3)
     bits = lambda: jnp.zeros((), jnp.uint32)
-    y, z = map(arithmetic.decode, arithmetic.double_gap(*apart, 1, bits))
-    assert abs(y - 0.6) < 1e-6 and y + z == 0
+    assert all(map(is_lost, arithmetic.double_gap(*apart, 1, bits)))
     assert all(map(is_lost, arithmetic.double_gap(*apart, 2, bits)))
     assert all(map(is_lost, arithmetic.double_gap(*apart, 30, bits)))
 

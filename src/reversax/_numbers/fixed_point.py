@@ -39,7 +39,6 @@ from .words import (
     is_lost,
     minus,
     outgrown,
-    parts_of,
     plus,
     shifted_left,
     shifted_right,
@@ -119,9 +118,9 @@ class FixedPoint(AbstractArithmetic):
         def leaf(x):
             if x.high is None or x.high.dtype == jax.dtypes.float0:
                 return x.carrier  # Of a cotangent.
-            value = parts_of(self._scale.value((x.high, x.low), x.carrier.dtype))
-            value = jnp.where(is_lost(x.high), jnp.nan, value)
-            value = whole(value, x.carrier.dtype)
+            dtype = x.carrier.dtype
+            value = self._scale.value((x.high, x.low), dtype)
+            value = whole(jnp.where(is_lost(x.high), jnp.nan, value), dtype)
             return with_derivative_of(x.carrier, value)
 
         return jtu.tree_map(leaf, code, is_leaf=_is_number)
@@ -190,8 +189,10 @@ class FixedPoint(AbstractArithmetic):
             g = high, low + bits.astype(low.dtype)  # (H2)
             c = minus(g, upper)  # (H2)
             y1, z1 = plus(a, c), minus(b, c)
-            # Nothing that `halve_gap` returned is.
+            # Nothing that `halve_gap` returned is; nor would it take a gap of `2*g`
+            # that is too large for words.
             wrong = shifted_right(g, halvings)[0] != upper[0]
+            wrong = wrong | ((g[0] ^ (g[0] << 1)) < 0)
             wrong = wrong | has_wrapped(y1, a, c) | has_wrapped(b, z1, c)
             return _moved_apart(self._scale, dtype, (a, b), (y1, z1), wrong)
 
@@ -207,7 +208,7 @@ class FixedPoint(AbstractArithmetic):
         def leaf(a, b):
             words = minus((a.high, a.low), (b.high, b.low))
             dtype = a.carrier.dtype
-            value = parts_of(self._scale.value(words, dtype))
+            value = self._scale.value(words, dtype)
             # Half precision has no number as small as a unit.
             same = (a.high == b.high) & (a.low == b.low)
             value = jnp.where(~same & (value == 0), jnp.finfo(dtype).tiny, value)

@@ -38,7 +38,7 @@ def parts_of(x: Array) -> Float[Array, "..."]:
 
 
 def whole(parts: Float[Array, "..."], dtype: Any) -> Array:
-    """Undoes `_parts`, for an array of `dtype`."""
+    """Undoes `parts_of`, for an array of `dtype`."""
     if not jnp.issubdtype(dtype, jnp.complexfloating):
         return parts.astype(dtype)
     parts = parts.astype(jnp.finfo(dtype).dtype)
@@ -167,7 +167,7 @@ class Scale:
 
     @ft.partial(jax.jit, static_argnums=(0, 2))
     def value(self, words: Words, dtype: Any) -> Array:
-        """What words stand for, in floating point."""
+        """What words stand for: the parts of an array of `dtype`."""
         high, low = words
         unit, wide = self._unit(dtype)
         unit_high, unit_low = (
@@ -177,7 +177,7 @@ class Scale:
         rest = _signed(low)
         high = high - (rest >> (_word(dtype) - 1))
         value = high.astype(wide) * unit_high + rest.astype(wide) * unit_low
-        return whole(value, dtype)
+        return value.astype(jnp.finfo(dtype).dtype)
 
     def out_of_range(self, x: Array) -> tuple[Array, Array]:
         """Whether `x` is too large to be a number, or added to one, and why."""
@@ -190,7 +190,7 @@ class Scale:
     def upper(self, words: Words, wrong: Array, why: Any, dtype: Any) -> Array:
         """The upper word of these; or, if something is wrong, of a number lost."""
         if float(jnp.finfo(dtype).max) < 2.0 ** self.exponent(dtype):
-            wrong = wrong | jnp.isinf(parts_of(self.value(words, dtype)))
+            wrong = wrong | jnp.isinf(self.value(words, dtype))
         return jnp.where(wrong, why, words[0])
 
 
