@@ -1,6 +1,6 @@
 """One of two processes that train together; started by test_distributed.py.
 
-python on_two_processes.py RANK PORT DIRECTORY
+python on_two_processes.py RANK DIRECTORY
 """
 
 import sys
@@ -28,9 +28,10 @@ def loss_of(model, y0):
     return model(y0).pow(2).sum(dim=1).mean()
 
 
-def main(rank, port, directory):
+def main(rank, directory):
     torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
+    # A file, not a port, which another process might take in between.
+    address = f"file://{directory}/store"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     model = Model()
     wrapped, calls = DistributedDataParallel(model), []
@@ -47,8 +48,12 @@ def main(rank, port, directory):
     loss_of(wrapped, share).backward()
     gradient = [p.grad for p in model.parameters()]
     torch.save((gradient, len(calls)), f"{directory}/{rank}.pt")
+    # First the wrapper: were it the last that holds the group, it would join the
+    # threads of gloo without giving up the interpreter's lock, which one of them may
+    # wait for in order to end (PyTorch 2.13).
+    del wrapped
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), sys.argv[2])

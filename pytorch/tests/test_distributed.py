@@ -1,7 +1,6 @@
 """Two processes on one machine that train together."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,16 +13,17 @@ SCRIPT = Path(__file__).with_name("on_two_processes.py")
 
 
 def test_gradient_is_that_of_one_process_and_hooks_are_called_once(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     paths = os.pathsep.join(filter(None, [str(SCRIPT.parent), *sys.path]))
-    arguments = lambda rank: [sys.executable, SCRIPT, str(rank), str(port), tmp_path]
+    arguments = lambda rank: [sys.executable, SCRIPT, str(rank), tmp_path]
     both = [
         subprocess.Popen(arguments(rank), env={**os.environ, "PYTHONPATH": paths})
         for rank in range(2)
     ]
-    assert [process.wait(timeout=100) for process in both] == [0, 0]
+    try:
+        assert [process.wait(timeout=100) for process in both] == [0, 0]
+    finally:
+        for process in both:
+            process.kill()
     model = Model()
     # Each with the steps of its own half of the batch.
     halves = [start(batch=8)[:4], start(batch=8)[4:]]
