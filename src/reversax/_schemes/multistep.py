@@ -50,8 +50,8 @@ from .rows import row
 from .scheme import Grid, Lost, Span, Values
 
 START, FIELD, SUM = range(3)
-"""Which of the fields: the vector field and the one-step method that begins with it,
-the vector field alone, and (M1)."""
+"""Which of the fields: the one-step method from its first stage on, the vector field,
+and (M1)."""
 
 
 class MultistepFields(AbstractIncrement):
@@ -66,13 +66,14 @@ class MultistepFields(AbstractIncrement):
     def core(self, leg: Leg, y: Any, *, extends: bool, lanes: int = 1) -> Core:
         if leg.which == SUM:
             return Core(increment(self.weights, y, leg.control), (), None)
-        slope = self.vf(leg.start, y)
-        check_like_state(slope, y)
         if leg.which == FIELD:
+            slope = self.vf(leg.start, y)
+            check_like_state(slope, y)
             return Core(slope, (), None)
+        y, slope = y
         first = times(leg.control, slope)
         core = self.starter.core_from(leg, y, first, lanes=lanes)
-        return Core((slope, core.increment), (), None)
+        return Core(core.increment, (), None)
 
     def extend(self, leg, y, core, *, error: bool, dense: bool) -> Advance:
         return Advance(core.increment, None, None)
@@ -151,16 +152,17 @@ class Multistep(AbstractWindowed):
         # None is made beyond the end of a solve of fewer steps.
         made = [_is_made(grid, j) for j in range(k - 1)]
         controls = [in_direction(control, x) for x in made]
+        *slopes, last = [Slope(Leg(t, t, one, None, FIELD), k) for t in ends]
         launches = [
             Launch(Leg(t0, t1, one, c, START), k)
             for t0, t1, c in zip(ends[:-1], ends[1:], controls, strict=True)
         ]
-        last = Slope(Leg(ends[-1], ends[-1], one, None, FIELD), k)
-        return Repeated((stacked(launches),)), last, Turn(k)
+        first = Repeated((stacked(slopes), stacked(launches)))
+        return first, last, Turn(k)
 
     def moves(self, span: Span, control: Control, lost: Lost) -> Moves:
         grid, k, one = _grid_of(span), self.weights.steps, np.float32(1)
-        index = jnp.asarray(lost.index)
+        index = jnp.broadcast_to(lost.index, jnp.shape(span.start))
         over = Leg(span.start, span.end, one, control, SUM)
         at = lambda j: Leg(_time(grid, j), _time(grid, j), one, None, FIELD)
         oldest = jnp.maximum(index - (k - 1), 0)
@@ -180,7 +182,8 @@ class Multistep(AbstractWindowed):
     def residuals(
         self, context: Context, span: Span, index: Index, codes: Codes
     ) -> list | None:
-        grid, k, index = _grid_of(span), self.weights.steps, jnp.asarray(index)
+        grid, k = _grid_of(span), self.weights.steps
+        index = jnp.broadcast_to(index, jnp.shape(span.start))
         window = Window.of(codes, k)
         # (Of fewer steps than that, some times are others: they are not pulled back.)
         which = [jnp.maximum(index + 2 - k + j, 0) for j in range(k)]

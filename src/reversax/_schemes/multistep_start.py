@@ -3,12 +3,15 @@ r"""How the window of a symmetric multistep method is begun.
 By a one-step method `Psi`, from `(0, ..., 0, y_0)`, `k - 1` times
 
     (S1)   f = (f_1, ..., f_{k-1}, f(t, w_{k-1}))
-    (S2)   w_0 += w_{k-1} + Psi(w_{k-1}),  and (M2),
+    (S2)   w_0 += w_{k-1} + Psi(w_{k-1}, f_{k-1}),  and (M2),
 
-of which (S1) is the first stage of `Psi`, and once more (S1): now the window leads
-`k - 1` steps further than the solve has come. So it is turned once more, for `y_0` to
-be the newest, and until it is full steps only turn it: (M2), and the `f`s alike. ((M2)
-is that of `multistep_moves.py`.)
+of which the first stage is (S1), and once more (S1): now the window leads `k - 1` steps
+further than the solve has come. So it is turned once more, for `y_0` to be the newest,
+and until it is full steps only turn it: (M2), and the `f`s alike. ((M2) is that of
+`multistep_moves.py`.)
+
+(S1) is evaluated by itself, as where a step that is undone finds it again: among the
+other stages it might have other bits.
 """
 
 import equinox as eqx
@@ -28,7 +31,7 @@ from .multistep_window import (
 
 
 class Slope(AbstractMove):
-    """(S1), of the last."""
+    """(S1)."""
 
     over: Leg
     steps: int = eqx.field(static=True)
@@ -62,7 +65,7 @@ class Slope(AbstractMove):
 
 
 class Launch(AbstractMove):
-    """(S1), (S2)."""
+    """(S2)."""
 
     over: Leg
     steps: int = eqx.field(static=True)
@@ -74,31 +77,29 @@ class Launch(AbstractMove):
     def take(self, context: Context, codes: Codes):
         window, arithmetic = Window.of(codes, self.steps), context.arithmetic
         last = window.values[-1]
-        core = context.fields.core(self.over, arithmetic.decode(last), extends=False)
-        slope, increment = core.increment
-        values = *window.values[1:], arithmetic.add(last, increment)  # (S2)
-        slopes = *window.slopes[1:], slope  # (S1)
-        return Window(values, slopes, window.correction).codes, None
+        reads = arithmetic.decode(last), window.slopes[-1]
+        core = context.fields.core(self.over, reads, extends=False)
+        values = *window.values[1:], arithmetic.add(last, core.increment)
+        return Window(values, window.slopes, window.correction).codes, None
 
     def undo(self, context: Context, codes: Codes):
         window, arithmetic = Window.of(codes, self.steps), context.arithmetic
         *values, newest = window.values
-        met = context.fields.evaluate(self.over, arithmetic.decode(values[-1]))
-        slope, increment = met.value[0]
-        found = arithmetic.add(values[-1], increment)
+        reads = arithmetic.decode(values[-1]), window.slopes[-1]
+        met = context.fields.evaluate(self.over, reads)
+        found = arithmetic.add(values[-1], met.value[0])
         # Zero, as it was, if that is what was found.
         rest = arithmetic.encode(arithmetic.difference(newest, found))
-        slopes = zeros_of(slope), *window.slopes[:-1]
-        return Window((rest, *values), slopes, window.correction).codes, met
+        before = Window((rest, *values), window.slopes, window.correction)
+        return before.codes, met
 
     def pull(self, context: Context, met, ct: Cotangents, ct_met=None):
         window = window_of_cotangents(ct, self.steps)
         *values, ct_newest = window.values
-        *slopes, ct_slope = window.slopes
-        ct_value = (ct_slope, ct_newest), zeros_of(met.value[1])
-        ct_p, ct_leg, ct_y = met.pull(ct_value)[0]
+        ct_value = ct_newest, zeros_of(met.value[1])
+        ct_p, ct_leg, (ct_y, ct_slope) = met.pull(ct_value)[0]
         values[-1] = sum_of(values[-1], ct_newest, ct_y)
-        slopes = zeros_of(ct_slope), *slopes
+        slopes = *window.slopes[:-1], add_trees(window.slopes[-1], ct_slope)
         new = Window((ct_newest, *values), slopes, window.correction)
         parameters = add_trees(ct.parameters, ct_p)
         return cotangents_of(ct, new)._replace(parameters=parameters), ct_leg
