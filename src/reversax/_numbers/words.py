@@ -111,8 +111,10 @@ def shifted_left(a: Words, by: Count) -> Words:
 
 def _shifts(a: Words, by: Count) -> tuple[Array, Array]:
     """`by`, and what is left of a word, less one."""
-    by = jnp.asarray(by).astype(a[1].dtype)
-    return by, jnp.asarray(a[1].dtype.itemsize * 8 - 1, a[1].dtype) - by
+    by, last = jnp.asarray(by).astype(a[1].dtype), a[1].dtype.itemsize * 8 - 1
+    # Which tells a compiler that no shift is too wide: else it asks at each element.
+    by = by & jnp.asarray(last, by.dtype)
+    return by, jnp.asarray(last, by.dtype) - by
 
 
 @dataclasses.dataclass(frozen=True)

@@ -132,7 +132,7 @@ class Tape(eqx.Module):
         """What a step lost."""
         if self.record.bits is None:
             return None
-        first, shift = divided(lost.before, _BITS)
+        first, shift = _place(lost.before)
         mask = (np.uint32(1) << jnp.asarray(lost.number, jnp.uint32)) - np.uint32(1)
 
         def read(rows):
@@ -295,10 +295,11 @@ class Recorder(dfx.AbstractStepSizeController):
         self, shed: Count, bits_lost: Count, keep: Any, new: Array, rows: Any
     ) -> Any:
         """Writes the bits of a step behind the `shed` ones."""
-        row, shift = divided(shed, _bits_of(rows))
         keep = keep & (jnp.asarray(bits_lost) > 0)
         if _is_number(rows):
+            row, _ = divided(shed, _bits_of(rows))
             return buffer_at_set(rows, row, new, pred=keep)
+        row, shift = _place(shed)
         rows = buffer_at_set(rows, row, rows[row] | (new << shift), pred=keep)
         if self.plan.schedule.fills_words:
             return rows
@@ -306,6 +307,13 @@ class Recorder(dfx.AbstractStepSizeController):
         # (None of the shifts is by a whole word.)
         beyond = (new >> 1) >> (_BITS - 1 - shift)
         return buffer_at_set(rows, _next(row, rows), beyond, pred=keep & more)
+
+
+def _place(bit: Count) -> tuple[Array, Array]:
+    """The word that a bit lies in, and where in it."""
+    row, shift = divided(bit, _BITS)
+    # Which tells a compiler that it is less than a word, as in `words.py`.
+    return row, shift & np.uint32(_BITS - 1)
 
 
 def _bits_of(x: Any) -> int:
