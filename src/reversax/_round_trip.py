@@ -61,7 +61,7 @@ class _ThereAndBack(dfx.AbstractAdjoint):
         record = forward.record
         lane = make_lane(parts, setup, record, none, (num_steps, None), perturbed)
         counts = num_steps, forward.num_shed
-        walk = Walk(lane, None, None)
+        walk = Walk(lane)
         reconstructed = walk_back_without_cotangents(walk, forward.codes, *counts)
         codes0 = beginning.encoded(setup.scheme)
         error = setup.scheme.difference(reconstructed, codes0)

@@ -59,8 +59,8 @@ class Span(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """How many bits of each number a step lost, and the steps before it (a number that
-    Python knows is one for all lanes); and which step it is."""
+    """How many bits of each number a step lost, and the steps before it; and which step
+    it is. (Of lanes that all take the same steps, one number of each.)"""
 
     number: Count
     before: Count

@@ -39,6 +39,8 @@ from .clock import Clock
 from .lane import Lane, only_where, sum_over_lanes
 from .observe import Saved, zeros_like_inexact
 
+_MAPPED: Any = eqx.if_array(0)
+
 
 def wide(x: Array) -> Array:
     """`x` in a dtype fit for summing over many steps: half precision becomes single."""
@@ -83,24 +85,44 @@ class Walk(eqx.Module):
 
     With lanes every array but the cotangents of shared parameters has a leading axis.
     Increments are pulled back for all lanes together, which sums over them. A lane that
-    has undone all its steps keeps what it has.
+    has undone all its steps keeps what it has; unless all take the same steps, which
+    are counted for all of them at once.
     """
 
     lane: Lane
-    axes: Lane | None
+    axes: Lane | None = None
     """Which leaves of `lane` have an axis of lanes; `None` without lanes."""
-    axis_name: Hashable = eqx.field(static=True)
+    axis_name: Hashable = eqx.field(static=True, default=None)
+    together: bool = eqx.field(static=True, default=True)
+    """Whether there are no lanes, or all take the same steps: then how many there are,
+    and what of bits they [`Lost`][], has no axis of lanes."""
 
     def each(self, fn: Callable, *args) -> Any:
         """`fn(lane, *args)`, lane by lane."""
         if self.axes is None:
             return fn(self.lane, *args)
-        in_axes = (self.axes, *[eqx.if_array(0)] * len(args))
-        vmapped = eqx.filter_vmap(fn, in_axes=in_axes, axis_name=self.axis_name)
-        return vmapped(self.lane, *args)
+        is_lost = lambda x: isinstance(x, Lost) and self.together
+        in_axes = [None if is_lost(x) else eqx.if_array(0) for x in args]
+        return self._vmapped(fn, in_axes)(self.lane, *args)
+
+    def _vmapped(self, fn: Callable, in_axes: list, out_axes: Any = _MAPPED):
+        return eqx.filter_vmap(
+            fn,
+            in_axes=(self.axes, *in_axes),
+            out_axes=out_axes,
+            axis_name=self.axis_name,
+        )
+
+    def last_of(self, num_steps: Index, num_shed: Count) -> tuple[Span, Lost]:
+        """As of a lane."""
+        if self.axes is None:
+            return self.lane.last_of(num_steps, num_shed)
+        of_steps = None if self.together else _MAPPED
+        vmapped = self._vmapped(Lane.last_of, [of_steps] * 2, (_MAPPED, of_steps))
+        return vmapped(self.lane, num_steps, num_shed)
 
     def _keep_if_done(self, num_steps: Index, new: PyTree, old: PyTree) -> PyTree:
-        if self.axes is None:
+        if self.together:
             return new
         return chosen(jnp.asarray(num_steps) > 0, new, old)
 
@@ -135,18 +157,16 @@ class Walk(eqx.Module):
     def __call__(self, carry: Carry) -> Carry:
         if_active = ft.partial(self._keep_if_done, carry.num_steps)
         mask = lambda ct: if_active(ct, zeros_like_inexact(ct))
-        index, span, at_end = self.each(
-            Lane.pull_last_end, carry.num_steps, carry.codes, carry.saved
-        )
+        span, lost = self.last_of(carry.num_steps, carry.num_shed)
+        at_end = self.each(Lane.pull_last_end, span, lost, carry.codes, carry.saved)
         at_end = mask(at_end)
         ct_values = mask(add_trees(carry.ct_values, at_end.values))
         ct_fields, ct_fns = carry.ct_parameters
         ct_fns = self.add_fns(ct_fns, at_end.fns)
-        lost = self.each(Lane.lost, index, carry.num_shed)
         ct = Cotangents(ct_values, ct_fields)
         observe = None
         if self.lane.dense:
-            pull = lambda _, info: self._pull_inside(index, span, info, carry, mask)
+            pull = lambda _, info: self._pull_inside(span, lost, info, carry, mask)
             observe = pull
         undoing = Undoing(span, lost, carry.codes, ct, carry.residuals)
         undone = undo_and_pull_step(self.lane.scheme, self.context, undoing, observe)
@@ -157,10 +177,10 @@ class Walk(eqx.Module):
         ct_clock = carry.ct_clock
         if self.lane.times:
             ct_span = _joined(undone, at_end.t, interval)
-            pull = lambda lane, *x: lane.timeline.pull(*x)
-            add = mask(self.each(pull, index, ct_span))
+            pull = lambda lane, lost, ct: lane.timeline.pull(lost.index, ct)
+            add = mask(self.each(pull, lost, ct_span))
             ct_clock = add_trees(ct_clock, add)
-        codes0, scale, errors = self._checked(carry, undone.codes, index, lost)
+        codes0, scale, errors = self._checked(carry, undone.codes, lost)
         nothing: Any = None
         new = Carry(
             num_steps=jnp.maximum(carry.num_steps - 1, 0),
@@ -183,22 +203,22 @@ class Walk(eqx.Module):
         return eqx.tree_at(places, if_active(new, old), summed, is_leaf=is_none)
 
     def _pull_inside(
-        self, index: Index, span: Span, info: dict, carry: Carry, mask: Callable
+        self, span: Span, lost: Lost, info: dict, carry: Carry, mask: Callable
     ) -> tuple[PyTree, tuple[list[Saved], list[PyTree], tuple[Array, Array]]]:
         """What `observe` of a scheme is to return."""
-        pulled = self.each(Lane.pull_inside_step, index, span, info, carry.saved)
+        pulled = self.each(Lane.pull_inside_step, span, lost, info, carry.saved)
         fns, (interval, ct_info) = mask((pulled.fns, pulled.interior))
         return ct_info, (pulled.saved, fns, interval)
 
     def _checked(
-        self, carry: Carry, codes0: Codes, index: Index, lost: Lost
+        self, carry: Carry, codes0: Codes, lost: Lost
     ) -> tuple[Codes, Scale, list[Float[Array, ""]]]:
         """The state that a step began with, restarted if it was kept; and the carry's
         scale and errors with it."""
         scale = carry.scale
         if not self.lane.allows_no_error:
             scale = jtu.tree_map(jnp.maximum, scale, self.each(Lane.size, codes0))
-        codes0, errors = self.each(Lane.restart, codes0, index, lost, scale)
+        codes0, errors = self.each(Lane.restart, codes0, lost, scale)
         return codes0, scale, jtu.tree_map(jnp.maximum, carry.round_trips, errors)
 
 
@@ -244,8 +264,7 @@ def walk_back_without_cotangents(
 
     def undo(carry):
         num_steps, num_shed, codes = carry
-        index, span = lane.timeline.last_of(num_steps)
-        lost = lane.lost(index, num_shed)
+        span, lost = lane.last_of(num_steps, num_shed)
         nothing: Any = None
         undoing = Undoing(span, lost, codes, nothing)
         codes = undo_step(lane.scheme, walk.context, undoing)

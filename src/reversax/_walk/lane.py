@@ -63,8 +63,10 @@ class Lane(eqx.Module):
 
     # The record.
 
-    def lost(self, index: Index, until: Count) -> Lost:
-        return self.tape.lost(index, until)
+    def last_of(self, num_steps: Index, num_shed: Count) -> tuple[Span, Lost]:
+        """The last of so many steps, which lost so many bits, and what it lost."""
+        index, span = self.timeline.last_of(num_steps)
+        return span, self.tape.lost(index, num_shed)
 
     def shed(self, lost: Lost) -> PyTree[Array] | None:
         return self.tape.shed(lost)
@@ -85,13 +87,13 @@ class Lane(eqx.Module):
         return [zero for _ in jtu.tree_leaves(scale)]
 
     def restart(
-        self, codes0: Codes, index: Index, lost: Lost, scale: Scale
+        self, codes0: Codes, lost: Lost, scale: Scale
     ) -> tuple[Codes, list[Float[Array, ""]]]:
         """The kept state in the place of a reconstructed one, where there is one, and
         by how much that was off; nothing if none are kept."""
         if self.tape.record.codes is None:
             return codes0, []
-        at, kept = self.tape.kept(index, lost.before, codes0)
+        at, kept = self.tape.kept(lost.index, lost.before, codes0)
         errors = round_trip(self.scheme, codes0, kept, scale)
         zero = jnp.zeros(())
         kept, _ = checked_tangents(self.round_trip_tolerance, kept, codes0, zero)
@@ -145,19 +147,19 @@ class Lane(eqx.Module):
         return observed._replace(t=observed.t + self.ct_dense.of_start())
 
     def pull_last_end(
-        self, num_steps: Index, codes1: Codes, saved: list[Saved]
-    ) -> tuple[Index, Span, Observed]:
-        """The last of so many steps, and what was saved at its end pulled back."""
-        index, span = self.timeline.last_of(num_steps)
+        self, span: Span, lost: Lost, codes1: Codes, saved: list[Saved]
+    ) -> Observed:
+        """Pulls back what was saved at the end of a step."""
         pull = lambda observation, fn, readout, j: observation.pull_step_end(
-            fn, span.end, readout, j, index
+            fn, span.end, readout, j, lost.index
         )
-        return index, span, self._pull_saved(span.end, codes1, saved, pull)
+        return self._pull_saved(span.end, codes1, saved, pull)
 
     def pull_inside_step(
-        self, index: Index, span: Span, info: dict[str, Any], saved: list[Saved]
+        self, span: Span, lost: Lost, info: dict[str, Any], saved: list[Saved]
     ) -> ObservedInside:
         """Pulls back what was saved inside a step, and its dense output."""
+        index = lost.index
         interval = jnp.asarray(span.start), jnp.asarray(span.end)
         interior = Interior(interval, info)
         previous_end = self.tape.times.previous_end(index)

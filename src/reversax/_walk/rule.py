@@ -20,7 +20,7 @@ from .._schemes.moves import Codes, Cotangents, add_trees
 from .._schemes.scheme import Lost, Values, plain
 from .._schemes.undoing import Undoing, undo_and_pull_first
 from .._schemes.watch import Scale
-from .._xla.batching import Axes, batch_aware
+from .._xla.batching import Axes, batch_aware, is_mapped
 from .._xla.guard import forward_only
 from .backward import Carry, Parameters, Walk, walk_back, wide
 from .beginning import Beginning
@@ -40,6 +40,7 @@ class _Residuals(eqx.Module):
     record: Record
     num_steps: Index
     num_shed: Count
+    """Like `num_steps` without an axis of lanes, if they all take the same steps."""
     num_ts: list[Index]
     t_final: Array
     last_end: Array | None
@@ -61,41 +62,50 @@ def _materialise(like: PyTree, ct: PyTree) -> PyTree[Array]:
 
 def _run(
     parts: Parts, setup: Setup, perturbed: PyTree[bool], axes: Axes | None
-) -> Forward:
-    """The forward pass, or that of each lane."""
+) -> tuple[Forward, tuple[Index, Count]]:
+    """The forward pass, or that of each lane; and how many steps were accepted, and how
+    many bits lost, as one number of each if that does not depend on the lane."""
     solve = run if perturbed is None else run_for_derivative
+    counts_of = lambda x: (jnp.asarray(x.final_state.num_accepted_steps), x.num_shed)
     if axes is None:
-        return solve(parts, setup, perturbed=perturbed)
+        forward = solve(parts, setup, perturbed=perturbed)
+        return forward, counts_of(forward)
     axes_fields = None
     if perturbed is not None:
         axes_fields = eqx.partition(axes.in_axes[0].increment, perturbed.increment)
 
     def in_lane(parts, setup, lane):
         lanes = Lanes(axes_fields, axes.name, lane)
-        return solve(parts, setup, perturbed=perturbed, lanes=lanes)
+        forward = solve(parts, setup, perturbed=perturbed, lanes=lanes)
+        return forward, counts_of(forward)
 
-    in_axes = (*axes.in_axes, 0)
-    vmapped = eqx.filter_vmap(in_lane, in_axes=in_axes, axis_name=axes.name)
+    if_mapped = lambda x: 0 if is_mapped(x) else None
+    vmapped = eqx.filter_vmap(
+        in_lane,
+        in_axes=(*axes.in_axes, 0),
+        out_axes=(eqx.if_array(0), if_mapped),
+        axis_name=axes.name,
+    )
     return vmapped(parts, setup, jnp.arange(axes.size))
 
 
 @eqx.filter_custom_vjp
 def _solve(parts, *, setup: Setup, axes: Axes | None):
-    forward = _run(parts, setup, None, axes)
+    forward, _ = _run(parts, setup, None, axes)
     return forward.final_state, forward.aux_stats
 
 
 @_solve.def_fwd
 def _solve_fwd(perturbed, parts, *, setup: Setup, axes: Axes | None):
-    forward = _run(parts, setup, perturbed, axes)
+    forward, (num_steps, num_shed) = _run(parts, setup, perturbed, axes)
     final_state = forward.final_state
     save_states = setup.save_states(final_state)
     describe = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     residuals = _Residuals(
         codes=forward.codes,
         record=forward.record,
-        num_shed=forward.num_shed,
-        num_steps=jnp.asarray(final_state.num_accepted_steps),
+        num_steps=num_steps,
+        num_shed=num_shed,
         num_ts=[jnp.asarray(s.saveat_ts_index) for s in save_states],
         t_final=final_state.tprev,
         last_end=final_state.event_tnext,
@@ -163,7 +173,8 @@ def _walk_back_and_check(
     ct_fns = walk.add_fns(carry.ct_parameters.fns, at_start.fns)
     ct = Parts(ct_beginning, begun.ct.parameters, ct_fns, ct_clock)
     found, final = plain(begun.codes), plain(residuals.codes)
-    codes0 = _encoded_again(walk, beginning, carry.num_steps)
+    num_steps = _in_lanes(carry.num_steps, residuals)
+    codes0 = _encoded_again(walk, beginning, num_steps)
     arrival = _Arrival(found, codes0, final)
     check = ft.partial(_check, setup.throw)
     zeros = walk.each(check, arrival, carry.scale, carry.round_trips)
@@ -197,15 +208,25 @@ def _check(throw: bool, lane: Lane, arrival: _Arrival, scale: Scale, errors) -> 
 
 
 def _walk(residuals, ct, perturbed, parts, setup: Setup, axes: Axes | None) -> Walk:
-    ends = residuals.num_steps, residuals.last_end
+    num_steps = _in_lanes(residuals.num_steps, residuals)
+    ends = num_steps, residuals.last_end
     lane = make_lane(parts, setup, residuals.record, ct, ends, perturbed)
     if axes is None:
-        return Walk(lane, None, None)
+        return Walk(lane)
     # Made in the same way of the axes of the same things.
     axes_parts, axes_setup = axes.in_axes
     record, ct, ends = jtu.tree_map(lambda _: 0, (residuals.record, ct, ends))
     axes_lane = make_lane(axes_parts, axes_setup, record, ct, ends, perturbed)
-    return Walk(lane, axes_lane, axes.name)
+    # What the times of the steps, and what each loses, follow from besides.
+    known = axes_lane.tape.times, axes_lane.tape.plan.schedule
+    counts = residuals.num_steps, residuals.num_shed
+    together = not jtu.tree_leaves(known) and all(x.ndim == 0 for x in counts)
+    return Walk(lane, axes_lane, axes.name, together)
+
+
+def _in_lanes(number: Array, residuals: _Residuals) -> Array:
+    """With an axis of lanes, if there are lanes."""
+    return jnp.broadcast_to(number, jnp.shape(residuals.t_final))
 
 
 def _encoded_again(walk: Walk, beginning: Beginning, num_steps: Index) -> Codes:
@@ -218,7 +239,8 @@ def _first_carry(
     walk: Walk, residuals: _Residuals, beginning: Beginning, ct_values: Values
 ) -> Carry:
     """Where the walk begins: at the end, with what was saved there pulled back."""
-    codes1, num_steps, t_final = residuals.codes, residuals.num_steps, residuals.t_final
+    codes1, t_final = residuals.codes, residuals.t_final
+    num_steps = _in_lanes(residuals.num_steps, residuals)
     codes0 = _encoded_again(walk, beginning, num_steps)
     sizes = [walk.each(Lane.size, codes) for codes in (codes0, codes1)]
     scale = jtu.tree_map(jnp.maximum, *sizes)
@@ -231,10 +253,10 @@ def _first_carry(
         pull = lambda lane, *x: lane.timeline.pull_time_after(*x)
         ct_clock = walk.each(pull, num_steps, at_end.t)
     return Carry(
-        num_steps=num_steps,
+        num_steps=residuals.num_steps,
         num_shed=residuals.num_shed,
         codes=codes1,
-        residuals=_first_residuals(walk, codes1, num_steps),
+        residuals=_first_residuals(walk, residuals),
         ct_values=add_trees(ct_values, at_end.values),
         ct_parameters=Parameters(ct_fields, walk.add_fns(ct_fns, at_end.fns)),
         ct_clock=ct_clock,
@@ -244,14 +266,14 @@ def _first_carry(
     )
 
 
-def _first_residuals(walk: Walk, codes1: Codes, num_steps: Index) -> list | None:
+def _first_residuals(walk: Walk, residuals: _Residuals) -> list | None:
     """Of what is kept at the end of a solve. A state that is kept to restart from may
     be another than the one that they belong to, by a rounding."""
     if walk.lane.tape.record.codes is not None:
         return None
-    last_of = lambda lane, num_steps: lane.timeline.last_of(num_steps)
-    index, span = walk.each(last_of, num_steps)
-    return walk.lane.scheme.residuals(walk.context, span, index, codes1)
+    span, lost = walk.last_of(residuals.num_steps, residuals.num_shed)
+    known = span, lost.index, residuals.codes
+    return walk.lane.scheme.residuals(walk.context, *known)
 
 
 def _finish(ct: Parts, zeros: Array, parts: Parts, axes: Axes | None):

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.custom_batching
 import jax.extend.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 
 class Axes(NamedTuple):
@@ -125,6 +126,21 @@ def _batch(axis, flat, dims, *, call):
 
 ad.primitive_jvps[_call_p] = _jvp
 batching.fancy_primitive_batchers[_call_p] = _batch
+
+
+def is_mapped(x: Array) -> bool:
+    """Whether a value in a function that is mapped by `vmap` has an axis there. (It may
+    also be said to have one if only a `vmap` further out gives it one.)"""
+    noted = []
+    ask = jax.custom_batching.custom_vmap(lambda x: x)
+
+    @ask.def_vmap
+    def _(size, batched, x):
+        noted.append(True)
+        return x, True
+
+    ask(x)
+    return bool(noted)
 
 
 def batch_aware(fn: Callable) -> Callable:

@@ -43,11 +43,16 @@ def _zero(x: Array) -> Float[Array, ""]:
     # Of a constant, such as a time given as a number, nothing would be left to ask at
     # run time. (That barriers are removed before fusion is late enough.)
     x = lax.optimization_barrier(x)
-    # Not a property of bits, which the backend would see through. Nor is any property
-    # of a single lane: that one may have gone wrong.
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        x = lax.bitcast_convert_type(x, jnp.dtype(f"float{x.dtype.itemsize * 8}"))
-    return jnp.max(jnp.where(jnp.isfinite(x), x * 0, -1)).astype(jnp.float32)
+    # Of the smallest of all lanes, since any one may have gone wrong. Compared by bits,
+    # many at a time: a compiler keeps to the order of floating-point numbers.
+    bits = jnp.dtype(f"uint{x.dtype.itemsize * 8}")
+    size = lax.bitcast_convert_type(x, bits) & jnp.array(jnp.iinfo(bits).max // 2, bits)
+    is_number = jnp.issubdtype(x.dtype, jnp.floating)
+    number = x.dtype if is_number else f"float{x.dtype.itemsize * 8}"
+    smallest = lax.bitcast_convert_type(size.min(), number)
+    # Not a property of bits, which the backend would see through.
+    zero = jnp.where(jnp.isfinite(smallest), smallest * 0, -1)
+    return zero.astype(jnp.float32)
 
 
 _run_time_zero_p = jax.extend.core.Primitive("run_time_zero")
