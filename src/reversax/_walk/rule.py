@@ -224,7 +224,7 @@ def _walk(residuals, ct, perturbed, parts, setup: Setup, axes: Axes | None) -> W
     return Walk(lane, axes_lane, axes.name, together)
 
 
-def _in_lanes(number: Array, residuals: _Residuals) -> Array:
+def _in_lanes(number: Index, residuals: _Residuals) -> Array:
     """With an axis of lanes, if there are lanes."""
     return jnp.broadcast_to(number, jnp.shape(residuals.t_final))
 
