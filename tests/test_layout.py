@@ -16,8 +16,8 @@ ROOMS = {
     "_xla": "__init__ compat closure elementwise guard one_kernel rounding batching "
     "isolation",
     "_numbers": "__init__ schedule arithmetic words fixed_point",
-    "_schemes": "__init__ control coupling problem increment fields kept rows moves "
-    "scheme undoing interpolation error_estimate twins vector_fields "
+    "_schemes": "__init__ control coupling problem stages increment fields kept rows "
+    "moves scheme undoing interpolation error_estimate twins vector_fields "
     "native retraced multistep_weights multistep_window multistep_moves "
     "multistep_start multistep_dense multistep own symplectic watch base",
     "": "_solver _symplectic _multistep schemes",

@@ -39,11 +39,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, PyTree
 
 from .._numbers.arithmetic import State, scaled
-from .._xla.closure import Closed, closed
-from .._xla.isolation import equations_of, following_equations_of, written_out
-from .._xla.one_kernel import keeps_out_of_kernels
+from .._xla.closure import closed
+from .._xla.isolation import written_out
 from .control import Control, Leg, Time, controls_of, over_leg
 from .problem import is_of_diffrax
+from .stages import written_from
 
 
 class Advance(NamedTuple):
@@ -302,35 +302,8 @@ class TableauIncrement(AbstractIncrement):
             vf_prod=vf_prod,
             tableau=self.tableau,
             keeps_stages=self.keeps_stages,
-            writes_from=_written_from(vf_prod),
+            writes_from=written_from(vf_prod),
         )
-
-
-# From this size of a state on, writing it costs less than what is evaluated anew: some
-# stages are, at each number, once for each number that the next one reads. In a kernel
-# writing costs next to nothing.
-_LARGE, _LARGE_IN_KERNEL = 256, 8
-_ELSEWHERE = {"concatenate", "pad", "rev", "slice"}
-_ELSEWHERE_IN_THE_FIRST = {"dynamic_slice", "gather"}
-
-
-def _written_from(vf_prod: Closed) -> int | None:
-    """From which size on stages are written to memory: if an element of what a
-    closed function of a time, a state and a control returns may depend on others of
-    the state, by operations that the compiler would fuse nevertheless. (Which elements
-    of a parameter, or of a path, costs nothing to evaluate anew.)"""
-    following = following_equations_of(vf_prod.program, vf_prod.are_of(1))
-    if not any(_reads_elsewhere(*x) for x in following):
-        return None
-    equations = list(equations_of(vf_prod.program))
-    return _LARGE if any(map(keeps_out_of_kernels, equations)) else _LARGE_IN_KERNEL
-
-
-def _reads_elsewhere(equation: Any, of_state: Sequence[bool]) -> bool:
-    name = equation.primitive.name
-    if name in _ELSEWHERE_IN_THE_FIRST:
-        return of_state[0]
-    return name in _ELSEWHERE and any(of_state)
 
 
 class StepIncrement(AbstractIncrement):

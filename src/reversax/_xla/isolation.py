@@ -141,7 +141,7 @@ def _thrifty(fn: Function) -> Function:
     return of_both
 
 
-def _inside(equation: Any) -> list[Any]:
+def programs_in(equation: Any) -> list[Any]:
     """The programs inside an equation."""
     is_jaxpr = lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
     inner = jtu.tree_leaves(equation.params, is_leaf=is_jaxpr)
@@ -152,7 +152,7 @@ def equations_of(jaxpr: Any) -> Iterator[Any]:
     """The equations of a program and of those inside it."""
     for equation in jaxpr.eqns:
         yield equation
-        for inner in _inside(equation):
+        for inner in programs_in(equation):
             yield from equations_of(inner)
 
 
@@ -165,7 +165,7 @@ def following_equations_of(
     for equation in jaxpr.eqns:
         operands = [id(x) in follow for x in equation.invars]
         yield equation, operands
-        for inner in _inside(equation):
+        for inner in programs_in(equation):
             marked = [any(operands)] * len(inner.invars)
             is_loop = equation.primitive.name in ("scan", "while")
             # What a turn of a loop returns is an argument of the next.
