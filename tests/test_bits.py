@@ -212,8 +212,8 @@ def test_not_one_bit_differs_after_100_000_steps(dtype):
     assert jnp.all(error.y == 0) and jnp.all(error.z == 0)
 
 
-@pytest.mark.heavy
 def test_a_users_own_solver_is_undone_to_the_bit():
+    """In lanes with times of their own: what is the same in all must remain so."""
     check("tanh", OwnMidpoint(), "adaptive-lanes", jnp.float32)
 
 

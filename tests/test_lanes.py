@@ -52,6 +52,39 @@ STEPS = {
 }
 
 
+def test_they_may_save_at_times_of_their_own():
+    at = jnp.array([[0.1, 0.31, 0.7], [0.2, 0.4, 0.9]])
+
+    def loss(adjoint, args, at):
+        def one(ts):
+            ys = solve(adjoint, Y0, args, saveat=dfx.SaveAt(ts=ts)).ys
+            return finite_sum_of_squares(ys)
+
+        return jnp.sum(jax.vmap(one)(at))
+
+    gradient = lambda adjoint: jax.grad(lambda *x: loss(adjoint, *x), (0, 1))
+    ours, direct = (jax.jit(gradient(x), **quick(x))(ARGS, at) for x in (OURS, DIRECT))
+    assert relative_difference(ours, direct) <= 1e-11
+
+
+@pytest.mark.parametrize("halvings", [4, 0.5], ids=str)
+def test_they_may_go_on_from_solves_of_their_own(halvings):
+    """Of as many steps each, which Python does not know."""
+    solver = rvx.Reversible(dfx.Heun(), rvx.Symmetric(halvings_per_step=halvings))
+
+    def loss(y0, num):
+        ends = jnp.linspace(0.0, 0.5, 3), jnp.linspace(0.5, 1.0, 3)
+        known = dict(adjoint=OURS, solver=solver, dt0=0.1)
+        first = dfx.SaveAt(t1=True, solver_state=True)
+        begun = solve(y0=y0, t1=ends[0][num], saveat=first, **known)
+        times = dict(t0=ends[1][0], t1=ends[1][num], solver_state=begun.solver_state)
+        return finite_sum_of_squares(solve(y0=begun.ys[0], **times, **known).ys)
+
+    each = jax.jit(jax.vmap(jax.grad(loss), (0, None)))(STATES, 2)
+    total = jax.grad(lambda y0s: jnp.sum(jax.vmap(loss, (0, None))(y0s, 2)))
+    assert relative_difference(jax.jit(total)(STATES), each) <= 1e-12
+
+
 @pytest.mark.parametrize(
     "steps", ["saves", "multistep", pytest.param("restarts", marks=HEAVY)]
 )

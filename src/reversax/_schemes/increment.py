@@ -80,6 +80,7 @@ class AbstractIncrement(eqx.Module):
     may_move: eqx.AbstractVar[bool]
     """Whether a step of no length might not return its state, for all that is known."""
     is_short: ClassVar[bool] = False
+    axes: ClassVar[None] = None
     """As of [`Fields`][], where it is no part of them."""
 
     @abc.abstractmethod

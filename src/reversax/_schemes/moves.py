@@ -244,7 +244,10 @@ class Repeated(AbstractMove):
 
     def take(self, context: Context, codes: Codes):
         fn = lambda codes, moves: take(moves, context, codes)
-        return through(fn, codes, self.moves, unroll=self._is_short(context))
+        known = dict(
+            unroll=self._is_short(context), in_lanes=context.fields.axes is not None
+        )
+        return through(fn, codes, self.moves, **known)
 
     def undo(self, context: Context, codes: Codes):
         def fn(codes, moves):
@@ -253,7 +256,10 @@ class Repeated(AbstractMove):
 
         # The first for the sake of what was met, all of it kept.
         unroll = context.fields.dense or self._is_short(context)
-        return through(fn, codes, self.moves, reverse=True, unroll=unroll)
+        known = dict(
+            reverse=True, unroll=unroll, in_lanes=context.fields.axes is not None
+        )
+        return through(fn, codes, self.moves, **known)
 
     def pull(self, context: Context, met, ct: Cotangents, ct_met=None):
         ct_met = [None for _ in self.moves] if ct_met is None else ct_met
@@ -270,7 +276,10 @@ class Repeated(AbstractMove):
             codes, ct, ct_legs = undo_and_pull(moves, context, *carry)
             return (codes, ct), ct_legs
 
-        known = dict(reverse=True, unroll=self._is_short(context))
+        known = dict(
+            unroll=self._is_short(context), in_lanes=context.fields.axes is not None
+        )
+        known["reverse"] = True
         (codes, ct), ct_legs = through(fn, (codes, ct), self.moves, **known)
         return codes, ct, ct_legs
 

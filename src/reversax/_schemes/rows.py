@@ -26,12 +26,15 @@ def through(
     *,
     reverse: bool = False,
     unroll: bool = False,
+    in_lanes: bool = False,
 ) -> tuple[PyTree[Array], PyTree[Any]]:
     """`jax.lax.scan` over rows, but `fn` may be given, and return, what is no array, if
-    it is the same for all."""
+    it is the same for all. With `in_lanes` it may ask what is the same in all lanes."""
     noted: list = []
     rows, static = eqx.partition(xs, is_array)
-    rows, apart = (rows, lambda row: row) if unroll else _numbers_together(rows)
+    apart: Callable = lambda row: row
+    if not unroll:
+        rows, apart = _numbers_together(rows, in_lanes)
 
     def body(carry, row):
         carry, out = fn(carry, eqx.combine(apart(row), static))
@@ -44,12 +47,17 @@ def through(
 
 
 def _numbers_together(
-    rows: PyTree[Array],
+    rows: PyTree[Array], in_lanes: bool
 ) -> tuple[tuple[list[Array], list[Array]], Callable]:
     """Rows, with the numbers among them in one array for each dtype: each buffer takes
     64 bytes, however little is in it. And what makes one of these rows as it was."""
     leaves, treedef = jtu.tree_flatten(rows)
-    is_number = lambda x: x.ndim == 1 and jnp.issubdtype(x.dtype, jnp.inexact)
+
+    def is_number(x: Any) -> bool:
+        # Constants among numbers of a lane would become those of a lane too.
+        apart = in_lanes and isinstance(x, np.ndarray)
+        return x.ndim == 1 and not apart and jnp.issubdtype(x.dtype, jnp.inexact)
+
     kinds = [str(x.dtype) if is_number(x) else "" for x in leaves]
     names = sorted({*kinds} - {""})
     of_kind = lambda name: [x for x, k in zip(leaves, kinds, strict=True) if k == name]

@@ -137,6 +137,7 @@ def _walk_back_and_check(
     ct_outputs = outputs_of(ct_final_state, ct_final_state.solver_state.codes)
     ct_outputs = _materialise(like, ct_outputs)
     walk = _walk(residuals, ct_outputs, perturbed, parts, setup, axes)
+    residuals = residuals if walk.together else _told_apart(residuals)
     scheme, beginning = setup.scheme, parts.beginning
     if axes is not None:
         beginning = beginning.in_lanes(scheme, plain(residuals.codes))
@@ -217,11 +218,20 @@ def _walk(residuals, ct, perturbed, parts, setup: Setup, axes: Axes | None) -> W
     axes_parts, axes_setup = axes.in_axes
     record, ct, ends = jtu.tree_map(lambda _: 0, (residuals.record, ct, ends))
     axes_lane = make_lane(axes_parts, axes_setup, record, ct, ends, perturbed)
-    # What the times of the steps, and what each loses, follow from besides.
-    known = axes_lane.tape.times, axes_lane.tape.plan.schedule
     counts = residuals.num_steps, residuals.num_shed
-    together = not jtu.tree_leaves(known) and all(x.ndim == 0 for x in counts)
-    return Walk(lane, axes_lane, axes.name, together)
+    if any(jnp.ndim(x) > 0 for x in counts):
+        return Walk(lane, axes_lane, axes.name, False)
+    walk = Walk(lane, axes_lane, axes.name, True)
+    if walk.loses_alike(*counts):
+        return walk
+    return Walk(lane, axes_lane, axes.name, False)
+
+
+def _told_apart(residuals: _Residuals) -> _Residuals:
+    """With counts of each lane."""
+    counts = lambda x: (x.num_steps, x.num_shed)
+    of_lanes = [_in_lanes(x, residuals) for x in counts(residuals)]
+    return eqx.tree_at(counts, residuals, of_lanes)
 
 
 def _in_lanes(number: Index, residuals: _Residuals) -> Array:
