@@ -242,12 +242,14 @@ class Repeated(AbstractMove):
         arrays = jtu.tree_leaves(eqx.filter(self.moves, is_array))
         return context.fields.is_short and all(len(x) == 2 for x in arrays)
 
+    def _through(self, context: Context, fn: Callable, carry: Any, **how) -> Any:
+        how = dict(unroll=self._is_short(context)) | how
+        in_lanes = context.fields.axes is not None
+        return through(fn, carry, self.moves, in_lanes=in_lanes, **how)
+
     def take(self, context: Context, codes: Codes):
         fn = lambda codes, moves: take(moves, context, codes)
-        known = dict(
-            unroll=self._is_short(context), in_lanes=context.fields.axes is not None
-        )
-        return through(fn, codes, self.moves, **known)
+        return self._through(context, fn, codes)
 
     def undo(self, context: Context, codes: Codes):
         def fn(codes, moves):
@@ -256,10 +258,7 @@ class Repeated(AbstractMove):
 
         # The first for the sake of what was met, all of it kept.
         unroll = context.fields.dense or self._is_short(context)
-        known = dict(
-            reverse=True, unroll=unroll, in_lanes=context.fields.axes is not None
-        )
-        return through(fn, codes, self.moves, **known)
+        return self._through(context, fn, codes, reverse=True, unroll=unroll)
 
     def pull(self, context: Context, met, ct: Cotangents, ct_met=None):
         ct_met = [None for _ in self.moves] if ct_met is None else ct_met
@@ -276,11 +275,7 @@ class Repeated(AbstractMove):
             codes, ct, ct_legs = undo_and_pull(moves, context, *carry)
             return (codes, ct), ct_legs
 
-        known = dict(
-            unroll=self._is_short(context), in_lanes=context.fields.axes is not None
-        )
-        known["reverse"] = True
-        (codes, ct), ct_legs = through(fn, (codes, ct), self.moves, **known)
+        (codes, ct), ct_legs = self._through(context, fn, (codes, ct), reverse=True)
         return codes, ct, ct_legs
 
 

@@ -79,7 +79,7 @@ class Launch(AbstractMove):
         last = window.values[-1]
         reads = arithmetic.decode(last), window.slopes[-1]
         core = context.fields.core(self.over, reads, extends=False)
-        values = *window.values[1:], arithmetic.add(last, core.increment)
+        values = *window.values[1:], arithmetic.add(last, core.increment)  # (S2)
         return Window(values, window.slopes, window.correction).codes, None
 
     def undo(self, context: Context, codes: Codes):

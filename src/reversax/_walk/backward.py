@@ -33,7 +33,7 @@ from .._schemes.undoing import (
     undo_step,
 )
 from .._schemes.watch import Scale
-from .._xla.batching import is_mapped
+from .._xla.batching import if_mapped
 from .._xla.isolation import run_time_true
 from .._xla.one_kernel import in_one_kernel
 from .clock import Clock
@@ -116,7 +116,6 @@ class Walk(eqx.Module):
 
     def loses_alike(self, num_steps: Index, num_shed: Count) -> bool:
         """Whether all lanes lose the same in the last of so many steps."""
-        if_mapped = lambda x: 0 if is_mapped(x) else None
         last_of = self._vmapped(Lane.last_of, [None] * 2, (_MAPPED, if_mapped))
         _, lost = eqx.filter_eval_shape(last_of, self.lane, num_steps, num_shed)
         return all(jnp.ndim(x) == 0 for x in jtu.tree_leaves(lost))

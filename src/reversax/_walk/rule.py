@@ -20,7 +20,7 @@ from .._schemes.moves import Codes, Cotangents, add_trees
 from .._schemes.scheme import Lost, Values, plain
 from .._schemes.undoing import Undoing, undo_and_pull_first
 from .._schemes.watch import Scale
-from .._xla.batching import Axes, batch_aware, is_mapped
+from .._xla.batching import Axes, batch_aware, if_mapped
 from .._xla.guard import forward_only
 from .backward import Carry, Parameters, Walk, walk_back, wide
 from .beginning import Beginning
@@ -79,7 +79,6 @@ def _run(
         forward = solve(parts, setup, perturbed=perturbed, lanes=lanes)
         return forward, counts_of(forward)
 
-    if_mapped = lambda x: 0 if is_mapped(x) else None
     vmapped = eqx.filter_vmap(
         in_lane,
         in_axes=(*axes.in_axes, 0),
@@ -218,13 +217,10 @@ def _walk(residuals, ct, perturbed, parts, setup: Setup, axes: Axes | None) -> W
     axes_parts, axes_setup = axes.in_axes
     record, ct, ends = jtu.tree_map(lambda _: 0, (residuals.record, ct, ends))
     axes_lane = make_lane(axes_parts, axes_setup, record, ct, ends, perturbed)
+    walk = ft.partial(Walk, lane, axes_lane, axes.name)
     counts = residuals.num_steps, residuals.num_shed
-    if any(jnp.ndim(x) > 0 for x in counts):
-        return Walk(lane, axes_lane, axes.name, False)
-    walk = Walk(lane, axes_lane, axes.name, True)
-    if walk.loses_alike(*counts):
-        return walk
-    return Walk(lane, axes_lane, axes.name, False)
+    counted_once = all(jnp.ndim(x) == 0 for x in counts)
+    return walk(together=counted_once and walk(together=True).loses_alike(*counts))
 
 
 def _told_apart(residuals: _Residuals) -> _Residuals:

@@ -143,6 +143,11 @@ def is_mapped(x: Array) -> bool:
     return bool(noted)
 
 
+def if_mapped(x: Array) -> int | None:
+    """For `out_axes` of `equinox.filter_vmap`: an axis of what has one."""
+    return 0 if is_mapped(x) else None
+
+
 def batch_aware(fn: Callable) -> Callable:
     """Wraps `fn(*args, axes)`, which may be called again when it is batched.
 
