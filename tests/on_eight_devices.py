@@ -162,6 +162,12 @@ COMMUNICATES = re.compile(
 )
 
 
+SUM = re.compile(r" all-reduce(?:-start)?\(")
+CALLS = re.compile(r"(?:body|condition|calls|to_apply|true_computation)=%([\w.\-]+)")
+LOOP = re.compile(r" while\(.* body=%([\w.\-]+)")
+BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+
 def communicated(program):
     """The sizes of all arrays that a program sends from device to device, and how often
     it says so. One result may be made of several arrays."""
@@ -169,6 +175,32 @@ def communicated(program):
     shapes = [re.findall(r"[a-z]+\d*\[([\d,]*)\]", result) for result in results]
     size = lambda shape: math.prod(int(n) for n in shape.split(",") if n)
     return [size(shape) for result in shapes for shape in result], len(results)
+
+
+def sums_in_loops(program):
+    """How many sums over devices there are in the loops of a program, but for those in
+    branches that are not taken: the first one of an isolated evaluation."""
+    lines_of, name = {}, None
+    for line in program.as_text().splitlines():
+        if line.endswith("{") and not line.startswith((" ", "HloModule")):
+            name = line.removeprefix("ENTRY ").split()[0].lstrip("%")
+            lines_of[name] = []
+        elif name is not None:
+            lines_of[name].append(line)
+
+    def called_in(line):
+        branches = [x.split(", ")[1:] for x in BRANCHES.findall(line)]
+        return CALLS.findall(line) + [x.lstrip("%") for xs in branches for x in xs]
+
+    seen = set()
+    lines = [line for lines in lines_of.values() for line in lines]
+    to_see = [body for line in lines for body in LOOP.findall(line)]
+    while to_see:
+        name = to_see.pop()
+        if name not in seen:
+            seen.add(name)
+            to_see += [x for line in lines_of[name] for x in called_in(line)]
+    return sum(len(SUM.findall(line)) for name in seen for line in lines_of[name])
 
 
 def round_trip(case, inputs):
@@ -219,6 +251,7 @@ def facts(case, mesh, thorough):
         how_often_sent=how_often,
         state_size=case.y0.size,
         parameters_size=helpers.flat(case.args).size,
+        sums_in_loops=sums_in_loops(on_all),
     )
     if thorough:
         _, of_many = case.compiled(MANY, mesh)

@@ -201,36 +201,28 @@ def evaluate_isolated(
     jaxpr, operands = program.jaxpr, program.operands
     zero = run_time_zero(run_time)
     if any(map(keeps_out_of_kernels, equations_of(jaxpr.jaxpr))):
-        in_branch = lambda _, *operands: jax.extend.core.jaxpr_as_fun(jaxpr)(*operands)
+        compute = lambda _, *operands: jax.extend.core.jaxpr_as_fun(jaxpr)(*operands)
     else:
-        in_branch = lambda zero, *operands: with_rounded_products(jaxpr, zero, operands)
-    new = lax.cond(
+        compute = lambda zero, *operands: with_rounded_products(jaxpr, zero, operands)
+    zero_when_done, *new = lax.cond(
         zero > -1,
-        in_branch,
-        lambda *_: [_nothing(x) for x in jaxpr.out_avals],
+        lambda zero, *operands: [zero * zero, *compute(zero, *operands)],
+        lambda zero, *_: [_nothing(x) for x in [zero, *jaxpr.out_avals]],
         zero,
         *operands,
     )
-    evaluation = program.evaluation(_keep_alive(zero, new))
-    if program.bytes_of_residuals < _MANY_BYTES:
+    many = program.bytes_of_residuals >= _MANY_BYTES
+    evaluation = program.evaluation(_keep_alive(zero, new, in_branch=many))
+    if not many:
         return evaluation
-    # Of the first residual, which is read last, and so lies in memory anyway.
-    number = len(program.results)
-    pull = _after(zero, [*new[number:], *new[:number]], evaluation.pull)
+    pull = jtu.Partial(_pull_after, evaluation.pull, zero_when_done)
     return evaluation._replace(pull=pull)
 
 
-def _after(zero: Array, xs: Sequence[Array], pull: Callable) -> Callable:
-    """`pull`, which seems to depend on the first of `xs`: what it could begin with
-    before that is known would lie in memory beside what is evaluated."""
-    firsts = [jnp.real(x[(0,) * x.ndim]) for x in xs if x.size > 0][:1]
-    zeros = [jnp.where(zero > -1, 0, lax.stop_gradient(x)) for x in firsts]
-    return jtu.Partial(_pull_after, pull, zeros)
-
-
-def _pull_after(pull: Callable, zeros: list[Array], ct: PyTree[Array]) -> Any:
-    add = lambda ct: sum((zero.astype(ct.dtype) for zero in zeros), start=ct)
-    return pull(jtu.tree_map(add, ct))
+def _pull_after(pull: Callable, zero: Array, ct: PyTree[Array]) -> Any:
+    """`pull`, which seems to depend on `zero`: what it could begin with before that is
+    known would lie in memory beside what is evaluated."""
+    return pull(jtu.tree_map(lambda ct: ct + zero.astype(ct.dtype), ct))
 
 
 def evaluate_with_residuals(fn: Function, x: PyTree[Array], rest: PyTree) -> Evaluation:
@@ -356,18 +348,24 @@ def _position(x: Array, among: Sequence[Array]) -> int | None:
     return next((i for i, y in enumerate(among) if x is y), None)
 
 
-def _keep_alive(zero: Array, xs: Sequence[Array]) -> list[Array]:
-    """`xs`, the first of them seeming to depend on all."""
+def _keep_alive(zero: Array, xs: Sequence[Array], *, in_branch: bool) -> list[Array]:
+    """`xs`, the first of them seeming to depend on an element of each: by a branch that
+    is not taken, or by a selection, for which all devices wait for the one that has the
+    element."""
     xs = list(xs)
     filled = [i for i, x in enumerate(xs) if x.size > 0]
     if len(filled) > 1:
         first, *others = filled
-        # Not of `xs[i].ravel()`: an array laid out over devices would be gathered.
-        some = [xs[i][(0,) * xs[i].ndim] for i in others]
-        token = sum(jnp.real(x).astype(xs[first].dtype) for x in some)
+        dtype = xs[first].dtype
+        # Not of `x.ravel()`: an array laid out over devices would be gathered.
+        element = lambda x: jnp.real(x[(0,) * x.ndim]).astype(dtype)
+        token, nothing = lambda *xs: sum(map(element, xs)), jnp.zeros((), dtype)
         # A selection, since `0 * token` might be NaN; and not of whole arrays, which
         # the compiler turns into a branch at each element.
-        xs[first] = xs[first] + jnp.where(zero > -1, jnp.zeros_like(token), token)
+        select = lambda predicate, x, of, *xs: jnp.where(predicate, x(*xs), of(*xs))
+        choose = lax.cond if in_branch else select
+        kept = choose(zero > -1, lambda *_: nothing, token, *[xs[i] for i in others])
+        xs[first] = xs[first] + kept
     return xs
 
 
