@@ -129,6 +129,15 @@ def test_nonfinite_is_one_of_diffraxs_results_and_says_so():
     assert "Nonfinite" in dfx.RESULTS[compat.NONFINITE]
 
 
+def test_a_result_has_a_number_at_run_time_by_which_its_message_is_found():
+    results = dfx.RESULTS.max_steps_reached, dfx.RESULTS.successful
+    chosen = lambda x: dfx.RESULTS.where(x, *results)
+    number = jax.jit(lambda x: compat.index_of(chosen(x)))(jnp.array(True))
+    assert compat.message_of(int(number)) == dfx.RESULTS[results[0]]
+    number = jax.jit(lambda x: compat.index_of(chosen(x)))(jnp.array(False))
+    assert number == compat.index_of(results[1])
+
+
 def test_nondifferentiable_refuses_a_derivative_with_our_message():
     with pytest.raises(Exception, match="our message"):
         jax.grad(lambda x: compat.nondifferentiable(x, msg="our message"))(1.0)

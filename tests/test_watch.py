@@ -1,5 +1,6 @@
 """A solve that failed says so, says why, and says first what to do."""
 
+import math
 import re
 
 import diffrax as dfx
@@ -262,3 +263,62 @@ def test_each_lane_has_its_own_result():
 def test_one_lane_that_fails_raises_with_its_own_number():
     with pytest.raises(Exception, match=r"halvings_per_step=2"):
         jax.block_until_ready(jax.vmap(lambda r: solve(r).ys)(jnp.array([1.0, 10.0])))
+
+
+def gradient_of_a_sum(rate, adjoint=ADJOINTS["reversible"], batched=False, **kwargs):
+    """Of a loss of which the value is not needed for its gradient: a compiler leaves
+    out what checks the value."""
+
+    def gradient(rate):
+        return jax.grad(
+            lambda rate: jnp.sum(
+                dfx.diffeqsolve(
+                    dfx.ODETerm(lambda t, y, rate: -rate * (y - jnp.cos(t))),
+                    *(rvx.Reversible(dfx.Tsit5(), SELDOM), 0.0, 20.0),
+                    **(dict(dt0=0.1, max_steps=256) | kwargs),
+                    y0=jnp.array([1.0, 0.5]),
+                    args=rate,
+                    adjoint=adjoint,
+                ).ys
+            )
+        )(rate)
+
+    return jax.jit(jax.vmap(gradient) if batched else gradient)(rate)
+
+
+FEW_STEPS = dict(max_steps=50)
+NO_SHORT_STEPS = dfx.PIDController(1e-13, 1e-13, dtmin=0.05, force_dtmin=False)
+FAILURES = {
+    "too-few-steps": (1.0, FEW_STEPS, "maximum number of solver steps"),
+    "steps-too-long": (
+        1.0,
+        dict(stepsize_controller=NO_SHORT_STEPS),
+        "minimum step size was reached",
+    ),
+    "twins-driven-apart": (4.0, {}, r"halvings_per_step=1"),
+    "no-number": (jnp.inf, {}, "Look at the vector field"),
+    "one-lane": (jnp.array([1.0, 4.0]), dict(batched=True), r"halvings_per_step=1"),
+    "unchecked": (
+        1.0,
+        FEW_STEPS | dict(adjoint=rvx.ReversibleAdjoint(round_trip_tolerance=math.inf)),
+        "maximum number of solver steps",
+    ),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_the_gradient_of_a_solve_that_failed_raises_where_its_value_is_not_needed(
+    failure,
+):
+    rate, kwargs, message = FAILURES[failure]
+    with pytest.raises(Exception, match=message):
+        jax.block_until_ready(gradient_of_a_sum(rate, **kwargs))
+
+
+def test_the_gradient_of_a_solve_that_was_cut_short_is_had_with_throw_false():
+    """Of as many steps as were made."""
+    found = gradient_of_a_sum(1.0, throw=False, **FEW_STEPS)
+    direct = gradient_of_a_sum(1.0, dfx.DirectAdjoint(), throw=False, **FEW_STEPS)
+    assert abs(found - direct) <= 1e-13 * abs(direct)
+    # Of which the check is left out too, so that the tests above show something.
+    assert gradient_of_a_sum(1.0, dfx.DirectAdjoint(), **FEW_STEPS) == direct

@@ -154,7 +154,8 @@ their gap is larger than the state, or, if no error estimate has it
 differentiated, `NotImplementedError` in forward mode, in reverse mode once more, and
 for a controller of your own whose steps have a derivative with respect to the state;
 `equinox.EquinoxRuntimeError` for a derivative with respect to times through a returned
-`controller_state`. In the backward pass, `equinox.EquinoxRuntimeError` if the round
-trip exceeds the tolerance, or the tangents of a Hessian have lost half their digits.
+`controller_state`. In the backward pass, `equinox.EquinoxRuntimeError` if the solve
+failed, if the round trip exceeds the tolerance, or if the tangents of a Hessian have
+lost half their digits.
 With `throw=False` a solve that itself overflowed gets a gradient of NaN instead.
 """

@@ -26,16 +26,18 @@ there, to the square root of `eps`.
 
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from .._schemes.moves import Codes
 from .._schemes.scheme import AbstractScheme, plain
 from .._schemes.watch import Scale, default_tolerance, largest, not_too_small
 from .._xla.guard import agreeing
+from .faults import Messages
 from .setup import CALL
 
 _SMALLEST_DECADE = -17
@@ -149,37 +151,66 @@ _EXACT = (
 )
 
 
+class Failed(NamedTuple):
+    """That the solve itself did, which is to raise."""
+
+    fault: Int[Array, ""]
+    """Zero if it did not."""
+    messages: Messages
+
+
 def certificate(
     tolerance: float | None,
-    throw: bool,
     scheme: AbstractScheme,
     round_trips: list[Float[Array, ""]],
     final: Codes,
+    failed: Failed | None,
 ) -> Float[Array, ""]:
-    """A zero to add to the gradient; getting it raises if (E) exceeds the tolerance.
+    """A zero to add to the gradient; getting it raises if (E) exceeds the tolerance, or
+    if the solve itself `failed`.
 
-    If the solve itself overflowed, so that the `final` state is not finite, and
-    `throw=False`, by which users ask to look at failures themselves, it is NaN instead.
+    With `throw=False`, by which users ask to look at failures themselves, there is
+    nothing to say of that: if the solve overflowed, so that the `final` state is not
+    finite, the zero is NaN instead.
     A zero that every leaf of the gradient depends on: any of them may go unused, and
     passing them all through the check would copy them.
     """
     zero = jnp.zeros((), jnp.float32)
-    if tolerance == math.inf or len(round_trips) == 0:
+    finite, wrong, index = jnp.array(True), jnp.array(False), jnp.array(0, jnp.int32)
+    messages: Any = []
+    if tolerance != math.inf and len(round_trips) > 0:
+        finite = scheme.is_finite(final)
+        wrong, index = _unfound(tolerance, scheme, round_trips, final, finite)
+        messages = _messages(tolerance, scheme)
+    if failed is not None:
+        fault, of_faults = failed
+        wrong, index = wrong | (fault != 0), jnp.where(fault == 0, index, fault)
+        messages = of_faults.beside(messages)
+    elif len(messages) == 0:
         return zero
-    exact, stated = scheme.arithmetic.exact, tolerance
+    else:
+        wrong = wrong & finite
+    zero = eqx.branched_error_if(zero, wrong, index, messages)
+    return jnp.where(finite, zero, jnp.nan)
+
+
+def _unfound(
+    tolerance: float | None,
+    scheme: AbstractScheme,
+    round_trips: list[Float[Array, ""]],
+    final: Codes,
+    finite: Bool[Array, ""],
+) -> tuple[Bool[Array, ""], Int[Array, ""]]:
+    """Whether (E) exceeds the tolerance, and which message says by how much."""
+    stated = tolerance
     if stated is None:
         leaves = jtu.tree_leaves(scheme.decode(final))
-        stated = 0.0 if exact else default_tolerance(leaves)
+        stated = 0.0 if scheme.arithmetic.exact else default_tolerance(leaves)
     # Phrased so that NaN fails.
-    failed = ~jnp.stack([x <= stated for x in round_trips]).all()
-    finite = scheme.is_finite(final)
-    if not throw:
-        failed = failed & finite
+    unfound = ~jnp.stack([x <= stated for x in round_trips]).all()
     index = _message_index(round_trips)
     # A difference may be magnified until it overflows, though the solution did not.
-    index = jnp.where(finite, jnp.minimum(index, len(_DECADES) - 1), index)
-    zero = eqx.branched_error_if(zero, failed, index, _messages(tolerance, scheme))
-    return jnp.where(finite, zero, jnp.nan)
+    return unfound, jnp.where(finite, jnp.minimum(index, len(_DECADES) - 1), index)
 
 
 def _message_index(sizes: Sequence[Float[Array, ""]]) -> Array:

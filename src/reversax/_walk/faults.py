@@ -1,13 +1,19 @@
 """What a failed solve says: what was the matter, from when on, and what to do first.
 
 A message is chosen when the program runs, by one integer: the fault, and a number that
-the message has in it, a floating-point number of single precision less its last bits.
+the message has in it, a floating-point number of single precision less its last bits;
+or the number of what Diffrax says.
+
+The gradient of a solve that failed raises too. Where a loss is linear in what the solve
+returned its value is not needed for its gradient, and a compiler leaves out all that
+the value alone depends on: the check that Diffrax makes of it, and ours.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import diffrax as dfx
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
@@ -15,23 +21,28 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Int
 
+from .._numbers.arithmetic import State
 from .._numbers.fixed_point import FixedPoint
-from .._schemes.watch import APART, OUTGROWN
-from .._xla.compat import DIVERGED, NONFINITE
+from .._schemes.watch import APART, LOST, OUTGROWN
+from .._xla.compat import DIVERGED, NONFINITE, index_of, message_of
 from .setup import CALL, Setup
 
 _KEPT, _CUT = 28, 4
+_OTHER = 1 + max(APART, LOST, OUTGROWN)
+"""A fault that was Diffrax's to see."""
 
 
-def _coded(fault: Array, number: Array) -> Int[Array, ""]:
-    bits = lax.bitcast_convert_type(number.astype(jnp.float32), jnp.uint32)
-    code = (fault.astype(jnp.uint32) << _KEPT) | (bits >> _CUT)
+def _coded(fault: Array, bits: Array) -> Int[Array, ""]:
+    code = (fault.astype(jnp.uint32) << _KEPT) | bits
     return lax.bitcast_convert_type(code, jnp.int32)
 
 
-def _decoded(code: int) -> tuple[int, float]:
-    fault, bits = divmod(code, 2**_KEPT)
-    return fault, float(np.uint32(bits << _CUT).view(np.float32))
+def _bits_of(number: Array) -> Array:
+    return lax.bitcast_convert_type(number.astype(jnp.float32), jnp.uint32) >> _CUT
+
+
+def _number_of(bits: int) -> float:
+    return float(np.uint32(bits << _CUT).view(np.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +53,20 @@ class Messages:
     exact: bool
     adaptive: bool
     largest: str
+    others: Sequence[str] = ()
+    """What is no fault of the solve."""
+
+    def beside(self, others: Sequence[str]) -> "Messages":
+        """These and others, which have the first numbers."""
+        return dataclasses.replace(self, others=tuple(others))
 
     def __getitem__(self, code: int) -> str:
-        fault, number = _decoded(code)
+        fault, bits = divmod(code, 2**_KEPT)
+        if fault == 0:
+            return self.others[bits]
+        if fault == _OTHER:
+            return message_of(bits)
+        number = _number_of(bits)
         if fault == APART:
             return f"{self.driven_apart(number, self.adaptive)} ({CALL})"
         if fault == OUTGROWN:
@@ -62,7 +84,9 @@ class Messages:
         )
 
 
-def _messages(setup: Setup, dtypes: list) -> Messages:
+def messages_of(setup: Setup, y: State) -> Messages:
+    """For states of the dtypes of `y`."""
+    dtypes = [x.dtype for x in jtu.tree_leaves(y)]
     scheme, arithmetic = setup.scheme, setup.scheme.arithmetic
     largest = ""
     if isinstance(arithmetic, FixedPoint):
@@ -72,14 +96,22 @@ def _messages(setup: Setup, dtypes: list) -> Messages:
     return Messages(*known)
 
 
-def raise_if_failed(final_state: Any, setup: Setup) -> Any:
-    """The final state, which raises if the solve failed by a fault of ours to see."""
+def fault_of(final_state: Any, setup: Setup) -> Int[Array, ""]:
+    """Which of [`Messages`][] says why the solve failed; zero if it did not."""
     result, watch = final_state.result, final_state.solver_state.watch
     number = jnp.where(watch.state == APART, watch.needed, watch.time * setup.direction)
+    ours = (result == NONFINITE) | (result == DIVERGED)
+    code = _coded(jnp.maximum(watch.state, APART), _bits_of(number))
+    other = _coded(jnp.asarray(_OTHER), index_of(result).astype(jnp.uint32))
+    code = jnp.where(ours, code, other)
+    return jnp.where(dfx.is_okay(result), 0, code)
+
+
+def raise_if_failed(final_state: Any, setup: Setup) -> Any:
+    """The final state, which raises if the solve failed by a fault of ours to see."""
+    result = final_state.result
     failed = (result == NONFINITE) | (result == DIVERGED)
-    fault = jnp.where(failed, jnp.maximum(watch.state, APART), 0)
-    dtypes = [x.dtype for x in jtu.tree_leaves(final_state.y)]
-    code = _coded(fault, number)
-    messages: Any = _messages(setup, dtypes)
-    result = eqx.branched_error_if(result, failed, code, messages)
+    messages: Any = messages_of(setup, final_state.y)
+    fault = jnp.where(failed, fault_of(final_state, setup), 0)
+    result = eqx.branched_error_if(result, failed, fault, messages)
     return eqx.tree_at(lambda s: s.result, final_state, result)

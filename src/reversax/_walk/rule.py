@@ -24,9 +24,10 @@ from .._xla.batching import Axes, batch_aware, if_mapped
 from .._xla.guard import forward_only
 from .backward import Carry, Parameters, Walk, walk_back, wide
 from .beginning import Beginning
-from .certificate import certificate, checked_tangents, round_trip
+from .certificate import Failed, certificate, checked_tangents, round_trip
 from .clock import Clock
 from .cotangents import Outputs, outputs_of
+from .faults import Messages, fault_of, messages_of
 from .forward import Forward, run, run_for_derivative
 from .lane import Lane, make_lane, sum_over_lanes
 from .setup import CALL, Parts, Setup
@@ -45,6 +46,8 @@ class _Residuals(eqx.Module):
     t_final: Array
     last_end: Array | None
     """Where the last step that was made ended, if there is an event."""
+    fault: Array | None
+    """Why the solve failed, if that is to raise."""
     outputs: Outputs
     """The shapes of all but the parts of the state."""
 
@@ -108,6 +111,7 @@ def _solve_fwd(perturbed, parts, *, setup: Setup, axes: Axes | None):
         num_ts=[jnp.asarray(s.saveat_ts_index) for s in save_states],
         t_final=final_state.tprev,
         last_end=final_state.event_tnext,
+        fault=fault_of(final_state, setup) if setup.throw else None,
         outputs=jtu.tree_map(describe, outputs_of(final_state, None)),
     )
     return (final_state, forward.aux_stats), residuals
@@ -176,8 +180,8 @@ def _walk_back_and_check(
     num_steps = _in_lanes(carry.num_steps, residuals)
     codes0 = _encoded_again(walk, beginning, num_steps)
     arrival = _Arrival(found, codes0, final)
-    check = ft.partial(_check, setup.throw)
-    zeros = walk.each(check, arrival, carry.scale, carry.round_trips)
+    check = ft.partial(_check, messages_of(setup, scheme.decode(final)))
+    zeros = walk.each(check, arrival, carry.scale, carry.round_trips, residuals.fault)
     return jtu.tree_map(forward_only, _finish(ct, zeros, parts, axes))
 
 
@@ -197,13 +201,21 @@ class _Arrival(NamedTuple):
     final: Codes
 
 
-def _check(throw: bool, lane: Lane, arrival: _Arrival, scale: Scale, errors) -> Array:
+def _check(
+    of_faults: Messages,
+    lane: Lane,
+    arrival: _Arrival,
+    scale: Scale,
+    errors: list[Array],
+    fault: Array | None,
+) -> Array:
     """The certificate of one lane."""
     found, true, final = arrival
     last = round_trip(lane.scheme, found, true, scale)
     errors = jtu.tree_map(jnp.maximum, errors, last) if errors else last
     tolerance = lane.round_trip_tolerance
-    zero = certificate(tolerance, throw, lane.scheme, errors, final)
+    failed = None if fault is None else Failed(fault, of_faults)
+    zero = certificate(tolerance, lane.scheme, errors, final, failed)
     return checked_tangents(tolerance, true, found, zero, final)[1]
 
 

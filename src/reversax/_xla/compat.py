@@ -40,6 +40,15 @@ NONFINITE: Any = dfx.RESULTS.nonfinite
 DIVERGED: Any = dfx.RESULTS.nonlinear_divergence
 
 
+def index_of(result: Any) -> Array:
+    """The number of a member of `diffrax.RESULTS` that is known at run time."""
+    return result._value
+
+
+def message_of(index: int) -> str:
+    return dfx.RESULTS._index_to_message[index]
+
+
 def _with_quick_prevbefore(loop: Any) -> Any:
     """Diffrax's loop, traced in less time.
 
