@@ -195,7 +195,7 @@ def test_a_second_call_with_the_same_shapes_compiles_nothing(controller, called)
                 saveat=dfx.SaveAt(ts=jnp.array([0.3, 1.0])),
                 stepsize_controller=CONTROLLERS[controller],
                 adjoint=rvx.ReversibleAdjoint(),
-                max_steps=64,
+                max_steps=128,
             ).ys
         )
 
