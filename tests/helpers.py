@@ -99,16 +99,18 @@ SCHEMES = {
 FEATURES_IN = "published"
 
 
-def quick(adjoint=None, arithmetic=None):
+def quick(adjoint=None, arithmetic=None, *, adapts=False):
     """Keyword arguments of `jit` for a program that is to compile in half the time.
 
     Not for `ReversibleAdjoint` in fixed point: unoptimised and without its fusion
     emitters XLA gives a field other bits in the two passes, and the certificate raises.
+    Nor for its oracle if that `adapts` its steps: by round-off it would take others.
     """
     if arithmetic is None:
         arithmetic = SCHEMES[FEATURES_IN][1]
     optimised = not jax.config.read("jax_disable_most_optimizations")
-    to_the_bit = isinstance(adjoint, rvx.ReversibleAdjoint) and arithmetic.exact
+    is_ours = isinstance(adjoint, rvx.ReversibleAdjoint)
+    to_the_bit = arithmetic.exact and (is_ours or adapts)
     if optimised or to_the_bit:
         return {}
     return dict(compiler_options={"xla_cpu_use_fusion_emitters": False})
@@ -146,8 +148,8 @@ class SameScheme(dfx.AbstractAdjoint):
 
     def loop(self, *, solver, stepsize_controller, init_state, t0, t1, **problem):
         known = dict(stepsize_controller=stepsize_controller, init_state=init_state)
-        coupling = solver.coupling
-        couples = not undoes_itself(solver.solver)
+        coupling = getattr(solver, "coupling", None)
+        couples = coupling is not None and not undoes_itself(solver.solver)
         if couples and getattr(coupling, "halvings_per_step", None) == "auto":
             state = init_state.controller_state
             schedule = _schedule(stepsize_controller, state, 0, solver, t0, t1)

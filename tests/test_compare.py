@@ -260,7 +260,8 @@ def test_a_batch_is_solved_element_by_element():
         stepsize_controller=dfx.PIDController(rtol=1e-6, atol=1e-6),
         candidates=[candidate],
     )
-    reference, (measurement,) = compare(problem, Options(repeats=1), print)
+    options = Options(tolerance=1e-6, repeats=1)
+    reference, (measurement,) = compare(problem, options, print)
     value = np.mean(np.square(y0)) * np.exp(2 * RATE)
     assert reference.value == pytest.approx(value, rel=1e-10)
     assert reference.parts["y0"] == pytest.approx(

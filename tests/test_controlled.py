@@ -103,7 +103,8 @@ def value_and_gradient(point, adjoint, make_term, scheme, steps):
         run = lambda x: solve((weights, y0, x), adjoint, make_term, scheme, steps).ys
         return jnp.sum((run if values.ndim == 2 else jax.vmap(run))(values) ** 2)
 
-    options = quick(adjoint, SCHEMES[scheme][1])
+    adapts = steps.startswith("adaptive")
+    options = quick(adjoint, SCHEMES[scheme][1], adapts=adapts)
     return jax.jit(jax.value_and_grad(loss), **options)(point)
 
 
@@ -111,7 +112,11 @@ def assert_equal_to_direct(point, *how):
     """To relative 1e-11; between 1e-16 and 1e-14 were measured, in fixed point."""
     value, ours = value_and_gradient(point, OURS, *how)
     expected, direct = value_and_gradient(point, DIRECT, *how)
-    assert abs(value - expected) <= 1e-13 * abs(expected)
+    # A controller that is not told of the jumps of a derivative tries steps over them,
+    # of which the next follows from what is left of an estimate: measured 1e-12.
+    *_, steps = how
+    bound = 1e-11 if steps == "adaptive" else 1e-13
+    assert abs(value - expected) <= bound * abs(expected)
     for part, got, want in zip(PARTS, ours, direct, strict=True):
         assert relative_difference(got, want) <= 1e-11, part
     return ours

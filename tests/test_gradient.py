@@ -119,7 +119,9 @@ def gradients_of_each_output(base_name, controller_name, batching, scheme, adjoi
     """The gradient of the loss of each of `SUBS`, and the number of rejected steps."""
     saveat = dfx.SaveAt(subs=SUBS)
 
-    @ft.partial(jax.jit, **quick(adjoint, SCHEMES[scheme][1]))
+    adapts = controller_name not in ("constant", "step-to")
+
+    @ft.partial(jax.jit, **quick(adjoint, SCHEMES[scheme][1], adapts=adapts))
     @ft.partial(jax.grad, has_aux=True)
     def gradient(args_and_y0, weights):
         args, y0 = args_and_y0

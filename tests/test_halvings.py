@@ -108,8 +108,8 @@ def _gradient(adjoint, args, length, coupling, kwargs):
 
 
 _gradient_by = {
-    to_the_bit: eqx.filter_jit(_gradient, **quick(adjoint, rvx.FixedPoint()))
-    for to_the_bit, adjoint in ((True, rvx.ReversibleAdjoint()), (False, None))
+    alike: eqx.filter_jit(_gradient, **quick(None, rvx.FixedPoint(), adapts=alike))
+    for alike in (True, False)
 }
 
 
@@ -118,7 +118,7 @@ def gradient(adjoint, num, coupling=rvx.Symmetric(), dtype=jnp.float64, **kwargs
     args = jax.tree.map(lambda x: x.astype(dtype), ARGS)
     length = None if num is None else jnp.asarray(2 / num, dtype)
     # One more than needed: round-off of the length may make it one.
-    of = _gradient_by[isinstance(adjoint, rvx.ReversibleAdjoint)]
+    of = _gradient_by[isinstance(adjoint, rvx.ReversibleAdjoint) or num is None]
     return of(adjoint, args, length, coupling, dict(max_steps=128) | kwargs)
 
 

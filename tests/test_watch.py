@@ -265,29 +265,29 @@ def test_one_lane_that_fails_raises_with_its_own_number():
         jax.block_until_ready(jax.vmap(lambda r: solve(r).ys)(jnp.array([1.0, 10.0])))
 
 
-def gradient_of_a_sum(rate, adjoint=ADJOINTS["reversible"], batched=False, **kwargs):
+def gradient_of_a_sum(rate, adjoint=ADJOINTS["reversible"], batched=None, **kwargs):
     """Of a loss of which the value is not needed for its gradient: a compiler leaves
     out what checks the value."""
 
-    def gradient(rate):
-        return jax.grad(
-            lambda rate: jnp.sum(
-                dfx.diffeqsolve(
-                    dfx.ODETerm(lambda t, y, rate: -rate * (y - jnp.cos(t))),
-                    *(rvx.Reversible(dfx.Tsit5(), SELDOM), 0.0, 20.0),
-                    **(dict(dt0=0.1, max_steps=256) | kwargs),
-                    y0=jnp.array([1.0, 0.5]),
-                    args=rate,
-                    adjoint=adjoint,
-                ).ys
-            )
-        )(rate)
+    def final(rate):
+        return dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, rate: -rate * (y - jnp.cos(t))),
+            *(rvx.Reversible(dfx.Tsit5(), SELDOM), 0.0, 20.0),
+            **(dict(dt0=0.1, max_steps=256) | kwargs),
+            y0=jnp.array([1.0, 0.5]),
+            args=rate,
+            adjoint=adjoint,
+        ).ys.sum()
 
-    return jax.jit(jax.vmap(gradient) if batched else gradient)(rate)
+    if batched == "inside":
+        return jax.jit(jax.grad(lambda rates: jax.vmap(final)(rates).sum()))(rate)
+    gradient = jax.grad(final)
+    return jax.jit(jax.vmap(gradient) if batched == "outside" else gradient)(rate)
 
 
 FEW_STEPS = dict(max_steps=50)
 NO_SHORT_STEPS = dfx.PIDController(1e-13, 1e-13, dtmin=0.05, force_dtmin=False)
+LANES = jnp.array([1.0, 4.0])
 FAILURES = {
     "too-few-steps": (1.0, FEW_STEPS, "maximum number of solver steps"),
     "steps-too-long": (
@@ -297,7 +297,8 @@ FAILURES = {
     ),
     "twins-driven-apart": (4.0, {}, r"halvings_per_step=1"),
     "no-number": (jnp.inf, {}, "Look at the vector field"),
-    "one-lane": (jnp.array([1.0, 4.0]), dict(batched=True), r"halvings_per_step=1"),
+    "one-lane": (LANES, dict(batched="inside"), r"halvings_per_step=1"),
+    "one-gradient": (LANES, dict(batched="outside"), r"halvings_per_step=1"),
     "unchecked": (
         1.0,
         FEW_STEPS | dict(adjoint=rvx.ReversibleAdjoint(round_trip_tolerance=math.inf)),

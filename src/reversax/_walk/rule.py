@@ -47,7 +47,6 @@ class _Residuals(eqx.Module):
     last_end: Array | None
     """Where the last step that was made ended, if there is an event."""
     fault: Array | None
-    """Why the solve failed, if that is to raise."""
     outputs: Outputs
     """The shapes of all but the parts of the state."""
 
@@ -63,24 +62,41 @@ def _materialise(like: PyTree, ct: PyTree) -> PyTree[Array]:
     return jtu.tree_map(leaf, like, ct)
 
 
+class _Ran(NamedTuple):
+    forward: Forward
+    fault: Array | None
+    """Why the solve failed, if that is to raise."""
+
+
+class _Counts(NamedTuple):
+    num_steps: Index
+    """That were accepted."""
+    num_shed: Count
+    """Bits that were lost."""
+
+
 def _run(
     parts: Parts, setup: Setup, perturbed: PyTree[bool], axes: Axes | None
-) -> tuple[Forward, tuple[Index, Count]]:
-    """The forward pass, or that of each lane; and how many steps were accepted, and how
-    many bits lost, as one number of each if that does not depend on the lane."""
+) -> tuple[_Ran, _Counts]:
+    """The forward pass, or that of each lane; and numbers of which there is one if they
+    do not depend on the lane."""
     solve = run if perturbed is None else run_for_derivative
-    counts_of = lambda x: (jnp.asarray(x.final_state.num_accepted_steps), x.num_shed)
+
+    def ran(forward, setup):
+        final_state = forward.final_state
+        fault = fault_of(final_state, setup) if setup.throw else None
+        num_steps = jnp.asarray(final_state.num_accepted_steps)
+        return _Ran(forward, fault), _Counts(num_steps, forward.num_shed)
+
     if axes is None:
-        forward = solve(parts, setup, perturbed=perturbed)
-        return forward, counts_of(forward)
+        return ran(solve(parts, setup, perturbed=perturbed), setup)
     axes_fields = None
     if perturbed is not None:
         axes_fields = eqx.partition(axes.in_axes[0].increment, perturbed.increment)
 
     def in_lane(parts, setup, lane):
         lanes = Lanes(axes_fields, axes.name, lane)
-        forward = solve(parts, setup, perturbed=perturbed, lanes=lanes)
-        return forward, counts_of(forward)
+        return ran(solve(parts, setup, perturbed=perturbed, lanes=lanes), setup)
 
     vmapped = eqx.filter_vmap(
         in_lane,
@@ -93,25 +109,25 @@ def _run(
 
 @eqx.filter_custom_vjp
 def _solve(parts, *, setup: Setup, axes: Axes | None):
-    forward, _ = _run(parts, setup, None, axes)
+    (forward, _), _ = _run(parts, setup, None, axes)
     return forward.final_state, forward.aux_stats
 
 
 @_solve.def_fwd
 def _solve_fwd(perturbed, parts, *, setup: Setup, axes: Axes | None):
-    forward, (num_steps, num_shed) = _run(parts, setup, perturbed, axes)
+    (forward, fault), counts = _run(parts, setup, perturbed, axes)
     final_state = forward.final_state
     save_states = setup.save_states(final_state)
     describe = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     residuals = _Residuals(
         codes=forward.codes,
         record=forward.record,
-        num_steps=num_steps,
-        num_shed=num_shed,
+        num_steps=counts.num_steps,
+        num_shed=counts.num_shed,
         num_ts=[jnp.asarray(s.saveat_ts_index) for s in save_states],
         t_final=final_state.tprev,
         last_end=final_state.event_tnext,
-        fault=fault_of(final_state, setup) if setup.throw else None,
+        fault=fault,
         outputs=jtu.tree_map(describe, outputs_of(final_state, None)),
     )
     return (final_state, forward.aux_stats), residuals
