@@ -146,7 +146,8 @@ CASES = {
     "batch-shard_map": lambda: batch(FIXED, vmap=True, manual=True),
     # Two stages, since what is evaluated in one leaves nothing to be kept for later.
     "state-fixed-point": lambda: state(rvx.Reversible(dfx.Heun())),
-    "state-published": lambda: state(PUBLISHED),
+    # To 4 its steps are long enough to drive the twins apart.
+    "state-published": lambda: state(PUBLISHED)._replace(t1=2.0),
     "state-adaptive": lambda: state(FIXED, PID),
     "batch-vmap-adaptive": lambda: batch(FIXED, PID, vmap=True),
     "batch-vmap-published": lambda: batch(PUBLISHED, vmap=True),

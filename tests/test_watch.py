@@ -323,3 +323,12 @@ def test_the_gradient_of_a_solve_that_was_cut_short_is_had_with_throw_false():
     assert abs(found - direct) <= 1e-13 * abs(direct)
     # Of which the check is left out too, so that the tests above show something.
     assert gradient_of_a_sum(1.0, dfx.DirectAdjoint(), **FEW_STEPS) == direct
+
+
+def test_measuring_the_round_trip_of_a_solve_that_failed_says_what_to_do():
+    term = dfx.ODETerm(lambda t, y, args: -4.0 * (y - jnp.cos(t)))
+    solver = rvx.Reversible(dfx.Tsit5(), SELDOM)
+    with pytest.raises(
+        eqx.EquinoxRuntimeError, match=r"halvings_per_step=1.*round_trip_error\("
+    ):
+        rvx.round_trip_error(term, solver, 0.0, 20.0, 0.1, jnp.ones(2))

@@ -11,6 +11,7 @@ from ._numbers.arithmetic import State
 from ._schemes.coupling import Pair
 from ._walk.backward import Walk, walk_back_without_cotangents
 from ._walk.cotangents import Outputs
+from ._walk.faults import raise_if_failed
 from ._walk.forward import run
 from ._walk.lane import make_lane
 from ._walk.setup import Parts, set_up
@@ -65,7 +66,10 @@ class _ThereAndBack(dfx.AbstractAdjoint):
         reconstructed = walk_back_without_cotangents(walk, forward.codes, *counts)
         codes0 = beginning.encoded(setup.scheme)
         error = setup.scheme.difference(reconstructed, codes0)
-        return forward.final_state, dict(forward.aux_stats, round_trip_error=error)
+        final_state = forward.final_state
+        if throw:
+            final_state = raise_if_failed(final_state, setup, _CALL)
+        return final_state, dict(forward.aux_stats, round_trip_error=error)
 
 
 def round_trip_error(

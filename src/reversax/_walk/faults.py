@@ -53,6 +53,8 @@ class Messages:
     exact: bool
     adaptive: bool
     largest: str
+    call: str
+    """Of what failed."""
     others: Sequence[str] = ()
     """What is no fault of the solve."""
 
@@ -68,23 +70,23 @@ class Messages:
             return message_of(bits)
         number = _number_of(bits)
         if fault == APART:
-            return f"{self.driven_apart(number, self.adaptive)} ({CALL})"
+            return f"{self.driven_apart(number, self.adaptive)} ({self.call})"
         if fault == OUTGROWN:
             return (
                 "Give the size of the state, `reversax.Reversible(..., "
                 "arithmetic=reversax.FixedPoint(largest=...))`: soon after "
                 f"t = {number:.4g} it was larger than {self.largest}. If it grows "
-                f"without bound, take smaller steps. ({CALL})"
+                f"without bound, take smaller steps. ({self.call})"
             )
         overflowed = "" if self.exact else ", or the state overflowed"
         return (
             f"Look at the vector field: soon after t = {number:.4g} it returned NaN or "
             f"infinity{overflowed}. If it should not have been asked there, take "
-            f"smaller steps. ({CALL})"
+            f"smaller steps. ({self.call})"
         )
 
 
-def messages_of(setup: Setup, y: State) -> Messages:
+def messages_of(setup: Setup, y: State, call: str = CALL) -> Messages:
     """For states of the dtypes of `y`."""
     dtypes = [x.dtype for x in jtu.tree_leaves(y)]
     scheme, arithmetic = setup.scheme, setup.scheme.arithmetic
@@ -93,7 +95,7 @@ def messages_of(setup: Setup, y: State) -> Messages:
         sizes = {2.0 ** arithmetic.exponent(x) for x in dtypes}
         largest = " or ".join(f"{size:.2g}" for size in sorted(sizes))
     known = scheme.driven_apart, arithmetic.exact, setup.plan.times, largest
-    return Messages(*known)
+    return Messages(*known, call)
 
 
 def fault_of(final_state: Any, setup: Setup) -> Int[Array, ""]:
@@ -107,11 +109,11 @@ def fault_of(final_state: Any, setup: Setup) -> Int[Array, ""]:
     return jnp.where(dfx.is_okay(result), 0, code)
 
 
-def raise_if_failed(final_state: Any, setup: Setup) -> Any:
+def raise_if_failed(final_state: Any, setup: Setup, call: str = CALL) -> Any:
     """The final state, which raises if the solve failed by a fault of ours to see."""
     result = final_state.result
     failed = (result == NONFINITE) | (result == DIVERGED)
-    messages: Any = messages_of(setup, final_state.y)
+    messages: Any = messages_of(setup, final_state.y, call)
     fault = jnp.where(failed, fault_of(final_state, setup), 0)
     result = eqx.branched_error_if(result, failed, fault, messages)
     return eqx.tree_at(lambda s: s.result, final_state, result)
