@@ -146,16 +146,17 @@ def test_the_tolerance_is_the_users():
 
 
 def test_a_contracting_flow_raises_rather_than_lie():
-    """y' = -30 y forgets where it began: exp(30) is 1e13, beyond single precision."""
-    field = lambda t, y, args: -30.0 * y + 0.0 * args[1][0]
+    """y' = -12 y forgets where it began: exp(12)*6e-8 is 1e-2, of 3.5e-4 allowed. (At
+    -13 the twins are driven apart in the solve itself.)"""
+    field = lambda t, y, args: -12.0 * y + 0.0 * args[1][0]
     with pytest.raises(eqx.EquinoxRuntimeError, match="did not find the initial state"):
         gradient(0.999, 400, jnp.float32, field=field)
 
 
-def test_an_overflow_raises_and_says_so():
-    field = lambda t, y, args: y**3 * 1e6 + args[1][0]
-    with pytest.raises(eqx.EquinoxRuntimeError, match=r"Try smaller steps.*overflowed"):
-        gradient(0.999, 50, field=field)
+def test_a_reconstruction_that_overflows_is_off_by_more_than_can_be_said():
+    """Each step undone doubles the round-off, 2,000 times."""
+    with pytest.raises(eqx.EquinoxRuntimeError, match=r"off by more than 1e\+02"):
+        gradient(0.5, 2000, jnp.float32)
 
 
 def test_one_bad_lane_is_enough():
@@ -167,20 +168,21 @@ def test_one_bad_lane_is_enough():
                 published(dfx.Heun()),
                 0.0,
                 1.0,
-                1e-3,
-                Y0,
+                jnp.float32(1 / 400),
+                Y0.astype(jnp.float32),
                 args,
                 adjoint=rvx.ReversibleAdjoint(),
-                max_steps=1000,
+                max_steps=401,
             ).ys
         )
 
+    args = jax.tree.map(lambda x: x.astype(jnp.float32), ARGS)
     total = lambda args, rates: jnp.sum(jax.vmap(loss, (None, 0))(args, rates))
     gradient_of_total = eqx.filter_jit(jax.grad(total))
-    healthy = gradient_of_total(ARGS, jnp.array([0.0, 0.1]))
+    healthy = gradient_of_total(args, jnp.array([0.0, 0.1], jnp.float32))
     assert all(jnp.all(jnp.isfinite(g)) for g in healthy)
     with pytest.raises(eqx.EquinoxRuntimeError, match="did not find the initial state"):
-        jax.block_until_ready(gradient_of_total(ARGS, jnp.array([0.0, 60.0])))
+        gradient_of_total(args, jnp.array([0.0, 10.0], jnp.float32))
 
 
 def test_an_overflow_with_throw_false_is_nan_in_its_own_lane():

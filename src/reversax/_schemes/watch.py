@@ -59,10 +59,12 @@ def largest(tree: PyTree[Array]) -> Scale:
 
     def leaf(x):
         sizes = jnp.abs(x)
-        # The maximum alone may pass over those: XLA leaves that of 4,096 numbers and
+        # By their bits, of which those of no number are the largest. The maximum of
+        # floating-point numbers may pass over it: XLA leaves that of 4,096 numbers and
         # more on a CPU to a library which does.
-        largest = jnp.max(sizes, initial=0)
-        return jnp.where(jnp.isnan(sizes).any(), jnp.nan, largest)
+        kind = jnp.dtype(f"uint{8 * sizes.dtype.itemsize}")
+        bits = lax.bitcast_convert_type(sizes, kind)
+        return lax.bitcast_convert_type(jnp.max(bits, initial=0), sizes.dtype)
 
     return jtu.tree_map(leaf, tree)
 

@@ -125,12 +125,7 @@ def _messages(tolerance: float | None, scheme: AbstractScheme) -> list[str]:
     sizes = [f"between 1e{k:+03d} and 1e{k + 1:+03d} {of_size}" for k in _DECADES]
     sizes[0] = f"less than 1e{_SMALLEST_DECADE + 1:+03d} {of_size}"
     sizes[-1] = f"more than 1e{_DECADES[-1]:+03d} {of_size}"
-    where = "`reversax.FixedPoint(largest=...)`, or smaller steps" if exact else ""
-    not_finite = (
-        f"Try {where or 'smaller steps'}: the solution or its reconstruction "
-        f"overflowed, so the gradient is withheld. ({CALL})"
-    )
-    return [*map(message, sizes), not_finite]
+    return [message(size) for size in sizes]
 
 
 _INEXACT = (
@@ -176,21 +171,21 @@ def certificate(
     passing them all through the check would copy them.
     """
     zero = jnp.zeros((), jnp.float32)
-    finite, wrong, index = jnp.array(True), jnp.array(False), jnp.array(0, jnp.int32)
+    wrong, index = jnp.array(False), jnp.array(0, jnp.int32)
     messages: Any = []
     if tolerance != math.inf and len(round_trips) > 0:
-        finite = scheme.is_finite(final)
-        wrong, index = _unfound(tolerance, scheme, round_trips, final, finite)
+        wrong, index = _unfound(tolerance, scheme, round_trips, final)
         messages = _messages(tolerance, scheme)
     if failed is not None:
+        # (As a solve that overflowed has.)
         fault, of_faults = failed
         wrong, index = wrong | (fault != 0), jnp.where(fault == 0, index, fault)
         messages = of_faults.beside(messages)
-    elif len(messages) == 0:
+        return eqx.branched_error_if(zero, wrong, index, messages)
+    if len(messages) == 0:
         return zero
-    else:
-        wrong = wrong & finite
-    zero = eqx.branched_error_if(zero, wrong, index, messages)
+    finite = scheme.is_finite(final)
+    zero = eqx.branched_error_if(zero, wrong & finite, index, messages)
     return jnp.where(finite, zero, jnp.nan)
 
 
@@ -199,7 +194,6 @@ def _unfound(
     scheme: AbstractScheme,
     round_trips: list[Float[Array, ""]],
     final: Codes,
-    finite: Bool[Array, ""],
 ) -> tuple[Bool[Array, ""], Int[Array, ""]]:
     """Whether (E) exceeds the tolerance, and which message says by how much."""
     stated = tolerance
@@ -208,13 +202,12 @@ def _unfound(
         stated = 0.0 if scheme.arithmetic.exact else default_tolerance(leaves)
     # Phrased so that NaN fails.
     unfound = ~jnp.stack([x <= stated for x in round_trips]).all()
-    index = _message_index(round_trips)
-    # A difference may be magnified until it overflows, though the solution did not.
-    return unfound, jnp.where(finite, jnp.minimum(index, len(_DECADES) - 1), index)
+    return unfound, _message_index(round_trips)
 
 
 def _message_index(sizes: Sequence[Float[Array, ""]]) -> Array:
     worst = jnp.stack([x.astype(jnp.float32) for x in sizes]).max()
     decade = jnp.floor(jnp.log10(jnp.maximum(worst, 10.0**_SMALLEST_DECADE)))
-    index = jnp.clip(decade - _SMALLEST_DECADE, 0, len(_DECADES) - 1)
-    return jnp.where(jnp.isfinite(worst), index, len(_DECADES)).astype(jnp.int32)
+    # Magnified until it overflowed, it is no number.
+    index = jnp.where(jnp.isnan(worst), jnp.inf, decade - _SMALLEST_DECADE)
+    return jnp.clip(index, 0, len(_DECADES) - 1).astype(jnp.int32)
