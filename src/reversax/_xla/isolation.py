@@ -9,7 +9,8 @@ to the bit. So each evaluation is made a computation of its own:
   one trip do not isolate: XLA removes them before it fuses.)
 - Both passes compile the same branch. The backward pass needs residuals for the
   pull-back; the forward pass computes them too, and both keep them alive by letting the
-  result depend on an element of each, else what is unused would be pruned. Residuals
+  result depend on an element of each, else what is unused would be pruned. (If there
+  is much of it, in a branch that is not taken: each device may have a part.) Residuals
   that are merely inputs, parameters above all, are not returned from the branch (that
   would copy them) but put in place outside.
 - The pull-back has to wait for the evaluation: a compiler that is free to begin with
@@ -204,18 +205,19 @@ def evaluate_isolated(
         compute = lambda _, *operands: jax.extend.core.jaxpr_as_fun(jaxpr)(*operands)
     else:
         compute = lambda zero, *operands: with_rounded_products(jaxpr, zero, operands)
-    zero_when_done, *new = lax.cond(
+    new = lax.cond(
         zero > -1,
-        lambda zero, *operands: [zero * zero, *compute(zero, *operands)],
-        lambda zero, *_: [_nothing(x) for x in [zero, *jaxpr.out_avals]],
+        compute,
+        lambda *_: [_nothing(x) for x in jaxpr.out_avals],
         zero,
         *operands,
     )
     many = program.bytes_of_residuals >= _MANY_BYTES
-    evaluation = program.evaluation(_keep_alive(zero, new, in_branch=many))
+    needing = _zero_that_needs(new, zero, in_branch=many)
+    evaluation = program.evaluation(_with_first_plus(needing, new))
     if not many:
         return evaluation
-    pull = jtu.Partial(_pull_after, evaluation.pull, zero_when_done)
+    pull = jtu.Partial(_pull_after, evaluation.pull, needing)
     return evaluation._replace(pull=pull)
 
 
@@ -348,24 +350,25 @@ def _position(x: Array, among: Sequence[Array]) -> int | None:
     return next((i for i, y in enumerate(among) if x is y), None)
 
 
-def _keep_alive(zero: Array, xs: Sequence[Array], *, in_branch: bool) -> list[Array]:
-    """`xs`, the first of them seeming to depend on an element of each: by a branch that
-    is not taken, or by a selection, for which all devices wait for the one that has the
-    element."""
+def _zero_that_needs(xs: Sequence[Array], zero: Array, *, in_branch: bool) -> Array:
+    """A zero that seems to depend on an element of each: by a branch that is not taken,
+    or by a selection, for which all devices wait for the one that has the element."""
+    nothing = jnp.zeros((), jnp.finfo(jnp.result_type(jnp.float16, *xs[:1])).dtype)
+    # Not of `x.ravel()`: an array laid out over devices would be gathered.
+    element = lambda x: jnp.real(x[(0,) * x.ndim]).astype(nothing.dtype)
+    all_of = lambda *xs: sum(element(x) for x in xs if x.size > 0)
+    if in_branch:
+        # Of all that the conditional gave, whose table of addresses is used again.
+        return lax.cond(zero > -1, lambda *_: nothing, all_of, *xs)
+    # Of the others; by a selection, since nothing times an element might be NaN.
+    return jnp.where(zero > -1, nothing, all_of(*xs[1:]))
+
+
+def _with_first_plus(zero: Array, xs: Sequence[Array]) -> list[Array]:
     xs = list(xs)
-    filled = [i for i, x in enumerate(xs) if x.size > 0]
-    if len(filled) > 1:
-        first, *others = filled
-        dtype = xs[first].dtype
-        # Not of `x.ravel()`: an array laid out over devices would be gathered.
-        element = lambda x: jnp.real(x[(0,) * x.ndim]).astype(dtype)
-        token, nothing = lambda *xs: sum(map(element, xs)), jnp.zeros((), dtype)
-        # A selection, since `0 * token` might be NaN; and not of whole arrays, which
-        # the compiler turns into a branch at each element.
-        select = lambda predicate, x, of, *xs: jnp.where(predicate, x(*xs), of(*xs))
-        choose = lax.cond if in_branch else select
-        kept = choose(zero > -1, lambda *_: nothing, token, *[xs[i] for i in others])
-        xs[first] = xs[first] + kept
+    first = next((i for i, x in enumerate(xs) if x.size > 0), None)
+    if first is not None:
+        xs[first] = xs[first] + zero.astype(xs[first].dtype)
     return xs
 
 
