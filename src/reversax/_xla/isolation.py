@@ -353,7 +353,8 @@ def _position(x: Array, among: Sequence[Array]) -> int | None:
 def _zero_that_needs(xs: Sequence[Array], zero: Array, *, in_branch: bool) -> Array:
     """A zero that seems to depend on an element of each: by a branch that is not taken,
     or by a selection, for which all devices wait for the one that has the element."""
-    nothing = jnp.zeros((), jnp.finfo(jnp.result_type(jnp.float16, *xs[:1])).dtype)
+    kinds = [x.dtype for x in xs[:1] if jnp.issubdtype(x.dtype, jnp.inexact)]
+    nothing = jnp.zeros((), jnp.finfo(*kinds or [jnp.float32]).dtype)
     # Not of `x.ravel()`: an array laid out over devices would be gathered.
     element = lambda x: jnp.real(x[(0,) * x.ndim]).astype(nothing.dtype)
     all_of = lambda *xs: sum(element(x) for x in xs if x.size > 0)
@@ -365,11 +366,9 @@ def _zero_that_needs(xs: Sequence[Array], zero: Array, *, in_branch: bool) -> Ar
 
 
 def _with_first_plus(zero: Array, xs: Sequence[Array]) -> list[Array]:
-    xs = list(xs)
-    first = next((i for i, x in enumerate(xs) if x.size > 0), None)
-    if first is not None:
-        xs[first] = xs[first] + zero.astype(xs[first].dtype)
-    return xs
+    filled = [i for i, x in enumerate(xs) if x.size > 0]
+    of = lambda i, x: x + zero.astype(x.dtype) if i in filled[:1] else x
+    return [of(i, x) for i, x in enumerate(xs)]
 
 
 def _raw(x: Array) -> Array:
