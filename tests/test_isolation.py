@@ -97,3 +97,26 @@ def test_of_a_large_stencil_what_it_gives_is_kept_and_not_what_it_reads():
         assert evaluation.residuals is not None
         kept = [x for x in evaluation.residuals if x.shape == y.shape]
         assert len(kept) == number
+
+
+def test_a_random_key_that_is_made_in_a_field_may_be_a_residual():
+    """Of a part that is evaluated again, which is given the key."""
+    drop = lambda y, key: jnp.sin(y) * jax.random.bernoulli(key, 0.5, y.shape)
+
+    def field(t, y, rate):
+        key = jax.random.fold_in(jax.random.key(3), 1)
+        return rate * jax.checkpoint(drop)(y, key)
+
+    def loss(rate, adjoint):
+        solver, y0 = rvx.Reversible(dfx.Euler()), jnp.linspace(-1.0, 1.0, 5)
+        term = dfx.ODETerm(field)
+        solution = dfx.diffeqsolve(
+            term, solver, 0.0, 1.0, 0.25, y0, rate, adjoint=adjoint, max_steps=4
+        )
+        return jnp.sum(solution.ys**2)
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    ours, direct = (
+        gradient(0.7, x) for x in (rvx.ReversibleAdjoint(), dfx.DirectAdjoint())
+    )
+    assert abs(ours - direct) <= 1e-14 * abs(direct) > 0

@@ -262,7 +262,7 @@ class _Program(NamedTuple):
     """Of the arrays."""
     sources: list[int | None]
     """Which of the operands each array is; `None` if it is computed."""
-    kinds: list[Any]
+    kinds: list[Any]  # Which implementation of random keys, of arrays that are keys.
     num_results: int
     """How many of them are of the value and what is beside it, which come first."""
 
@@ -319,7 +319,7 @@ def _program_as_it_is(fn: Function, x: PyTree[Array], rest: PyTree) -> _Program:
         leaves, leaves_treedef = jtu.tree_flatten(arrays)
         # Tracers, so that what is the same is identical.
         sources = [_position(leaf, operands) for leaf in leaves]
-        kinds = [jax.typeof(leaf).dtype for leaf in leaves]
+        kinds = [jax.random.key_impl(x) if _is_key(x) else None for x in leaves]
         num_results = len(jtu.tree_leaves(arrays[:2]))
         noted.append((others, leaves_treedef, sources, kinds, num_results))
         return [_raw(x) for x, i in zip(leaves, sources, strict=True) if i is None]
@@ -373,15 +373,16 @@ def _with_first_plus(zero: Array, xs: Sequence[Array]) -> list[Array]:
 
 def _raw(x: Array) -> Array:
     """`x`, if it is of random keys their bits."""
-    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return jax.random.key_data(x) if is_key else x
+    return jax.random.key_data(x) if _is_key(x) else x
 
 
-def _from_raw(raw: Array, dtype: Any) -> Array:
+def _from_raw(raw: Array, kind: Any) -> Array:
     """Undoes `_raw`."""
-    if not jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return raw
-    return jax.random.wrap_key_data(raw, impl=jax.random.key_impl(dtype))
+    return raw if kind is None else jax.random.wrap_key_data(raw, impl=kind)
+
+
+def _is_key(x: Array) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def written_out(tree: PyTree[Array], run_time: Array) -> PyTree[Array]:
