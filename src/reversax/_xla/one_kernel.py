@@ -65,7 +65,7 @@ _MOST_BYTES = 2**17
 """Of an array that is computed in a loop."""
 _MOST_BYTES_REDUCED = 2**13
 """Of one that is summed up: from twice that on it is left to a library."""
-_MOST_BYTES_OF = {"stablehlo.sine": 2**9, "stablehlo.cosine": 2**9}
+_MOST_BYTES_OF = {"stablehlo.sine": 2**11, "stablehlo.cosine": 2**11}
 """Of one of which a kernel computes the elements one by one."""
 _MOST_OPERATIONS = 10_000
 """So that compiling takes no longer."""
