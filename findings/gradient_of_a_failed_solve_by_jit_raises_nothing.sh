@@ -6,8 +6,7 @@
 #            its value is not needed, with it the compiler leaves out the check that
 #            hangs on what the solve returned, and what comes back is the gradient at
 #            the time that was reached. So with each adjoint of Diffrax, and in forward
-#            mode. A squared loss raises, since its gradient reads the solution; so does
-#            `jax.value_and_grad`, if the value is used.
+#            mode. A squared loss raises, since its gradient reads the solution.
 #
 # Output     jax.grad of a sum: raised
 #            jax.jit of jax.grad of a sum: 0.818731, which is exp(-0.2), not exp(-1)

@@ -117,10 +117,8 @@ def test_gradient_is_that_of_direct_differentiation_on_the_same_path(
 
     def value_and_gradient(adjoint):
         of = jax.value_and_grad(ft.partial(loss, adjoint), argnums=(0, 1))
-        # Adaptive steps along a rough path are others for other round-off, so both are
-        # then compiled alike.
         arithmetic = rvx.Reversible(BASES[base][0], COUPLINGS[coupling]).arithmetic
-        options = {} if stepping == "adaptive" else quick(adjoint, arithmetic)
+        options = quick(adjoint, arithmetic, adapts=stepping == "adaptive")
         return jax.jit(of, **options)(Y0, ARGS)
 
     (value, ours), (expected, direct) = map(value_and_gradient, (OURS, DIRECT))

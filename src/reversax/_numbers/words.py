@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from .._xla.bits import bits_of
 from .schedule import Count
 
 
@@ -53,10 +54,6 @@ def _word(dtype: Any) -> int:
 def _signed(word: Array) -> Array:
     """An unsigned word's bits as a signed one."""
     return lax.bitcast_convert_type(word, jnp.dtype(f"int{word.dtype.itemsize * 8}"))
-
-
-def _unsigned(word: Array) -> Array:
-    return lax.bitcast_convert_type(word, jnp.dtype(f"uint{word.dtype.itemsize * 8}"))
 
 
 Words = tuple[Array, Array]
@@ -99,13 +96,13 @@ def shifted_right(a: Words, by: Count) -> Words:
     """By less than a word."""
     by, left = _shifts(a, by)
     # No shift is as wide as a word, which would not be defined.
-    low = (a[1] >> by) | ((_unsigned(a[0]) << 1) << left)
+    low = (a[1] >> by) | ((bits_of(a[0]) << 1) << left)
     return a[0] >> by.astype(a[0].dtype), low
 
 
 def shifted_left(a: Words, by: Count) -> Words:
     by, right = _shifts(a, by)
-    high = (_unsigned(a[0]) << by) | ((a[1] >> 1) >> right)
+    high = (bits_of(a[0]) << by) | ((a[1] >> 1) >> right)
     return _signed(high), a[1] << by
 
 
@@ -164,7 +161,7 @@ class Scale:
         # It may be half a unit of `high`, of which only the negative fits a signed
         # word; and so small a negative one that it is none.
         negative = rests[1] < np.asarray(-(2.0 ** (-2 * half - 1)), wide)
-        low = _unsigned((halves[2] << half) + halves[3])
+        low = bits_of((halves[2] << half) + halves[3])
         return high - negative.astype(high.dtype), low
 
     @ft.partial(jax.jit, static_argnums=(0, 2))

@@ -35,6 +35,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._numbers.arithmetic import State
 from .._numbers.schedule import Index, divided
+from .._xla.bits import bits_of
 from .._xla.compat import unvmap_any
 from .control import Time
 from .moves import Codes
@@ -59,12 +60,10 @@ def largest(tree: PyTree[Array]) -> Scale:
 
     def leaf(x):
         sizes = jnp.abs(x)
-        # By their bits, of which those of no number are the largest. The maximum of
-        # floating-point numbers may pass over it: XLA leaves that of 4,096 numbers and
-        # more on a CPU to a library which does.
-        kind = jnp.dtype(f"uint{8 * sizes.dtype.itemsize}")
-        bits = lax.bitcast_convert_type(sizes, kind)
-        return lax.bitcast_convert_type(jnp.max(bits, initial=0), sizes.dtype)
+        # The maximum of floating-point numbers may pass over what is none: XLA leaves
+        # that of 4,096 numbers and more on a CPU to a library which does.
+        found = jnp.max(bits_of(sizes), initial=0)
+        return lax.bitcast_convert_type(found, sizes.dtype)
 
     return jtu.tree_map(leaf, tree)
 

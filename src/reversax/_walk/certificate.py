@@ -177,7 +177,7 @@ def certificate(
         wrong, index = _unfound(tolerance, scheme, round_trips, final)
         messages = _messages(tolerance, scheme)
     if failed is not None:
-        # (As a solve that overflowed has.)
+        # (A final state that is not finite is a fault too.)
         fault, of_faults = failed
         wrong, index = wrong | (fault != 0), jnp.where(fault == 0, index, fault)
         messages = of_faults.beside(messages)

@@ -19,11 +19,12 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from .._numbers.arithmetic import State
 from .._numbers.fixed_point import FixedPoint
 from .._schemes.watch import APART, LOST, OUTGROWN
+from .._xla.bits import bits_of
 from .._xla.compat import DIVERGED, NONFINITE, index_of, message_of
 from .setup import CALL, Setup
 
@@ -35,10 +36,6 @@ _OTHER = 1 + max(APART, LOST, OUTGROWN)
 def _coded(fault: Array, bits: Array) -> Int[Array, ""]:
     code = (fault.astype(jnp.uint32) << _KEPT) | bits
     return lax.bitcast_convert_type(code, jnp.int32)
-
-
-def _bits_of(number: Array) -> Array:
-    return lax.bitcast_convert_type(number.astype(jnp.float32), jnp.uint32) >> _CUT
 
 
 def _number_of(bits: int) -> float:
@@ -98,21 +95,26 @@ def messages_of(setup: Setup, y: State, call: str = CALL) -> Messages:
     return Messages(*known, call)
 
 
+def _is_ours(result: Any) -> Bool[Array, ""]:
+    """Whether it is of a fault that the watch saw."""
+    return (result == NONFINITE) | (result == DIVERGED)
+
+
 def fault_of(final_state: Any, setup: Setup) -> Int[Array, ""]:
     """Which of [`Messages`][] says why the solve failed; zero if it did not."""
     result, watch = final_state.result, final_state.solver_state.watch
     number = jnp.where(watch.state == APART, watch.needed, watch.time * setup.direction)
-    ours = (result == NONFINITE) | (result == DIVERGED)
-    code = _coded(jnp.maximum(watch.state, APART), _bits_of(number))
+    bits = bits_of(number.astype(jnp.float32)) >> _CUT
+    code = _coded(jnp.maximum(watch.state, APART), bits)
     other = _coded(jnp.asarray(_OTHER), index_of(result).astype(jnp.uint32))
-    code = jnp.where(ours, code, other)
+    code = jnp.where(_is_ours(result), code, other)
     return jnp.where(dfx.is_okay(result), 0, code)
 
 
 def raise_if_failed(final_state: Any, setup: Setup, call: str = CALL) -> Any:
     """The final state, which raises if the solve failed by a fault of ours to see."""
     result = final_state.result
-    failed = (result == NONFINITE) | (result == DIVERGED)
+    failed = _is_ours(result)
     messages: Any = messages_of(setup, final_state.y, call)
     fault = jnp.where(failed, fault_of(final_state, setup), 0)
     result = eqx.branched_error_if(result, failed, fault, messages)

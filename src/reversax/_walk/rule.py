@@ -65,7 +65,7 @@ def _materialise(like: PyTree, ct: PyTree) -> PyTree[Array]:
 class _Ran(NamedTuple):
     forward: Forward
     fault: Array | None
-    """Why the solve failed, if that is to raise."""
+    """Why the solve failed, if its derivative is to raise."""
 
 
 class _Counts(NamedTuple):
@@ -84,7 +84,8 @@ def _run(
 
     def ran(forward, setup):
         final_state = forward.final_state
-        fault = fault_of(final_state, setup) if setup.throw else None
+        raises = setup.throw and perturbed is not None
+        fault = fault_of(final_state, setup) if raises else None
         num_steps = jnp.asarray(final_state.num_accepted_steps)
         return _Ran(forward, fault), _Counts(num_steps, forward.num_shed)
 

@@ -35,6 +35,7 @@ import jax.tree_util as jtu
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Bool, Float, PyTree
 
+from .bits import bits_of
 from .compat import CHECKPOINT
 from .one_kernel import is_complex, keeps_out_of_kernels
 from .rounding import with_rounded_products
@@ -46,8 +47,8 @@ def _zero(x: Array) -> Float[Array, ""]:
     x = lax.optimization_barrier(x)
     # Of the smallest of all lanes, since any one may have gone wrong. Compared by bits,
     # many at a time: a compiler keeps to the order of floating-point numbers.
-    bits = jnp.dtype(f"uint{x.dtype.itemsize * 8}")
-    size = lax.bitcast_convert_type(x, bits) & jnp.array(jnp.iinfo(bits).max // 2, bits)
+    bits = bits_of(x)
+    size = bits & jnp.array(jnp.iinfo(bits.dtype).max // 2, bits.dtype)
     is_number = jnp.issubdtype(x.dtype, jnp.floating)
     number = x.dtype if is_number else f"float{x.dtype.itemsize * 8}"
     smallest = lax.bitcast_convert_type(size.min(), number)
@@ -217,8 +218,7 @@ def evaluate_isolated(
     evaluation = program.evaluation(_with_first_plus(needing, new))
     if not many:
         return evaluation
-    pull = jtu.Partial(_pull_after, evaluation.pull, needing)
-    return evaluation._replace(pull=pull)
+    return evaluation._replace(pull=jtu.Partial(_pull_after, evaluation.pull, needing))
 
 
 def _pull_after(pull: Callable, zero: Array, ct: PyTree[Array]) -> Any:
