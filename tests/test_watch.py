@@ -136,6 +136,37 @@ def test_the_published_scheme_is_told_to_use_the_default():
     assert jnp.isfinite(solve(8.0, ()).ys).all()
 
 
+GROWING = {
+    "square": (lambda t, y, args: 5 * y**2, 64),
+    "cube": (lambda t, y, args: y**3, 16),
+    "exponential": (lambda t, y, args: jnp.exp(y), 8),
+    "linear": (lambda t, y, args: 60 * y, 16),
+}
+
+
+@pytest.mark.parametrize("solver", [dfx.Tsit5, dfx.Heun, dfx.Euler])
+@pytest.mark.parametrize("field", GROWING)
+@pytest.mark.parametrize("coupling", [rvx.Symmetric(), rvx.McCallumFoster()])
+def test_a_solution_that_blows_up_is_not_said_to_be_damped(field, solver, coupling):
+    vector_field, num_steps = GROWING[field]
+    solver = rvx.Reversible(solver(), coupling=coupling)
+    with pytest.raises(eqx.EquinoxRuntimeError) as error:
+        dfx.diffeqsolve(
+            dfx.ODETerm(vector_field),
+            solver,
+            t0=0.0,
+            t1=1.0,
+            dt0=1 / num_steps,
+            y0=jnp.ones(2),
+            adjoint=rvx.ReversibleAdjoint(),
+            max_steps=num_steps,
+        )
+    message = str(error.value)
+    assert "damping drove" not in message
+    remedies = "growth without bound", "Look at the vector field", "Give the size"
+    assert any(remedy in message for remedy in remedies), message
+
+
 LATE = lambda t, y, args: jnp.where(t > 7.3, jnp.nan, -0.1 * y)
 
 

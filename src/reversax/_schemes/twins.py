@@ -256,12 +256,16 @@ def _dense_of(scheme: Twins, context: Context, moves: Moves, trail: Trail) -> De
 
 
 def _driven_apart(symmetric: bool, needed: float, adaptive: bool) -> str:
-    what = "damping drove the twins apart, so that the solution is not to be used"
+    rest = "drove the twins apart, so that the solution is not to be used"
+    # What grows widens the gap with the solution, and only by a step that is much too
+    # long so far that it is larger than that.
+    what = f"damping, or growth without bound, {rest}"
     if not symmetric:
         return f"Use `coupling=reversax.Symmetric()`, the default: {what}."
     if not needed > 0 or np.isinf(needed):
         return f"Take smaller steps: {what}."
     if needed <= MOST:
+        what = f"damping {rest}"
         number = max(1, int(np.ceil(needed - 0.1)))
         return (
             f"Use `reversax.Symmetric(halvings_per_step={number})`: {what}. "
