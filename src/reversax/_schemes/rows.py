@@ -12,8 +12,6 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from .._xla.isolation import written_out
-
 
 def is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray)
@@ -32,17 +30,28 @@ def through(
     it is the same for all. With `in_lanes` it may ask what is the same in all lanes."""
     noted: list = []
     rows, static = eqx.partition(xs, is_array)
-    apart: Callable = lambda row: row
-    if not unroll:
-        rows, apart = _numbers_together(rows, in_lanes)
 
-    def body(carry, row):
-        carry, out = fn(carry, eqx.combine(apart(row), static))
+    def of_row(carry, row):
+        carry, out = fn(carry, eqx.combine(row, static))
         arrays, others = eqx.partition(out, eqx.is_array)
         noted.append(others)
         return carry, arrays
 
-    carry, out = lax.scan(body, carry, rows, reverse=reverse, unroll=2 * unroll or 1)
+    if unroll:
+        carry, out = lax.scan(of_row, carry, rows, reverse=reverse, unroll=2)
+        return carry, eqx.combine(out, noted[-1])
+    rows, apart = _numbers_together(rows, in_lanes)
+
+    # A compiler takes a row from the stack where it is used, in each operation on each
+    # element, which is then none on vectors. One that the loop carries it does not.
+    def body(state, following):
+        carry, this = state
+        carry, out = of_row(carry, apart(this))
+        return (carry, following), out
+
+    first = row(rows, -1 if reverse else 0)
+    following = jtu.tree_map(lambda x: jnp.roll(x, 1 if reverse else -1, 0), rows)
+    (carry, _), out = lax.scan(body, (carry, first), following, reverse=reverse)
     return carry, eqx.combine(out, noted[-1])
 
 
@@ -64,10 +73,7 @@ def _numbers_together(
     together = [jnp.stack(of_kind(name), axis=1) for name in names]
 
     def apart(row: tuple[list[Array], list[Array]]) -> PyTree[Array]:
-        # A compiler takes a row from the stack where it is used, in each operation on
-        # each element, which is then none on vectors. Written to memory it does not.
-        inexact = jtu.tree_leaves(eqx.filter(row, eqx.is_inexact_array))
-        numbers, others = written_out(row, inexact[0]) if inexact else row
+        numbers, others = row
         left = {name: iter(xs) for name, xs in zip(names, numbers, strict=True)}
         left[""] = iter(others)
         return treedef.unflatten([next(left[kind]) for kind in kinds])
@@ -77,4 +83,4 @@ def _numbers_together(
 
 def row(stacked: PyTree, i: int) -> PyTree:
     """One of several, stacked."""
-    return jtu.tree_map(lambda x: x[i] if eqx.is_array(x) else x, stacked)
+    return jtu.tree_map(lambda x: x[i] if is_array(x) else x, stacked)
