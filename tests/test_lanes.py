@@ -9,7 +9,8 @@ from programs import ARGS, DIRECT, OURS, SOLVER, Y0, solve
 
 import reversax as rvx
 from reversax._xla.batching import is_mapped
-from reversax._xla.isolation import equations_of, run_time_zero
+from reversax._xla.programs import equations_of
+from reversax._xla.run_time import run_time_zero
 
 HEAVY = pytest.mark.heavy
 STATES = jnp.stack([Y0, 2 * Y0, -Y0, 0.5 * Y0, 3 * Y0])

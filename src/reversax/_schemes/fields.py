@@ -26,8 +26,8 @@ from .._xla.isolation import (
     evaluate_isolated,
     evaluate_with_residuals,
     pull_back_again,
-    run_time_zero,
 )
+from .._xla.run_time import run_time_zero
 from .control import Control, Leg, Time
 from .increment import AbstractIncrement, Advance, Core
 

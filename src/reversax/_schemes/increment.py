@@ -40,7 +40,7 @@ from jaxtyping import Array, PyTree
 
 from .._numbers.arithmetic import State, scaled
 from .._xla.closure import closed
-from .._xla.isolation import written_out
+from .._xla.run_time import written_out
 from .control import Control, Leg, Time, controls_of, over_leg
 from .problem import is_of_diffrax
 from .stages import written_from

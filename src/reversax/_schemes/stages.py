@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .._xla.closure import Closed
-from .._xla.isolation import equations_of, following_equations_of, programs_in
 from .._xla.one_kernel import keeps_out_of_kernels
+from .._xla.programs import equations_of, following_equations_of, programs_in
 
 _LARGE, _LARGE_IN_KERNEL = 256, 8
 """From which size on of a state. In a kernel writing costs next to nothing."""

@@ -35,7 +35,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._numbers.arithmetic import AbstractArithmetic, State
-from .._xla.isolation import rounded_product
+from .._xla.run_time import rounded_product
 from .control import Control, Leg, Time, is_of_time
 from .moves import (
     Add,

@@ -34,8 +34,8 @@ from .._schemes.undoing import (
 )
 from .._schemes.watch import Scale
 from .._xla.batching import if_mapped
-from .._xla.isolation import run_time_true
 from .._xla.one_kernel import in_one_kernel
+from .._xla.run_time import run_time_true
 from .clock import Clock
 from .lane import Lane, only_where, sum_over_lanes
 from .observe import Saved, zeros_like_inexact

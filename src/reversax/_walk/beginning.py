@@ -16,7 +16,7 @@ from jaxtyping import Array
 from .._numbers.arithmetic import State
 from .._schemes.moves import Codes
 from .._schemes.scheme import AbstractScheme, Values, plain
-from .._xla.isolation import run_time_true
+from .._xla.run_time import run_time_true
 
 
 class Beginning(eqx.Module):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Real
 from .._numbers.schedule import Index
 from .._schemes.control import Time
 from .._xla.compat import replayed_end
-from .._xla.isolation import rounded_product
+from .._xla.run_time import rounded_product
 from .clock import Clock, pull_row, pull_through
 
 

@@ -23,7 +23,7 @@ to the bit. So each evaluation is made a computation of its own:
 """
 
 import functools as ft
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -32,66 +32,13 @@ import jax.extend.core
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, PyTree
 
-from .bits import bits_of
 from .compat import CHECKPOINT
 from .one_kernel import is_complex, keeps_out_of_kernels
+from .programs import equations_of
 from .rounding import with_rounded_products
-
-
-def _zero(x: Array) -> Float[Array, ""]:
-    # Of a constant, such as a time given as a number, nothing would be left to ask at
-    # run time. (That barriers are removed before fusion is late enough.)
-    x = lax.optimization_barrier(x)
-    # Of the smallest of all lanes, since any one may have gone wrong. Compared by bits,
-    # many at a time: a compiler keeps to the order of floating-point numbers.
-    bits = bits_of(x)
-    size = bits & jnp.array(jnp.iinfo(bits.dtype).max // 2, bits.dtype)
-    is_number = jnp.issubdtype(x.dtype, jnp.floating)
-    number = x.dtype if is_number else f"float{x.dtype.itemsize * 8}"
-    smallest = lax.bitcast_convert_type(size.min(), number)
-    # Not a property of bits, which the backend would see through.
-    zero = jnp.where(jnp.isfinite(smallest), smallest * 0, -1)
-    return zero.astype(jnp.float32)
-
-
-_run_time_zero_p = jax.extend.core.Primitive("run_time_zero")
-_run_time_zero_p.def_impl(_zero)
-_run_time_zero_p.def_abstract_eval(lambda x: jax.typeof(jnp.zeros((), jnp.float32)))
-mlir.register_lowering(
-    _run_time_zero_p, mlir.lower_fun(_zero, multiple_results=False), cacheable=False
-)
-
-
-def _batch(args, dims):
-    # One for all lanes: the predicate does not become one for each.
-    return _run_time_zero_p.bind(*args), None
-
-
-def _jvp(primals, tangents):
-    out = _run_time_zero_p.bind(*primals)
-    return out, ad.Zero(jax.typeof(out).to_tangent_aval())
-
-
-batching.primitive_batchers[_run_time_zero_p] = _batch
-ad.primitive_jvps[_run_time_zero_p] = _jvp
-
-
-def run_time_zero(x: Array) -> Float[Array, ""]:
-    """Zero (of either sign), but not to the compiler; one value for all lanes of a
-    batch.
-
-    **Arguments:** `x`, a time (which is finite in some lane), or a count; it may be a
-    constant.
-    """
-    return _run_time_zero_p.bind(jnp.asarray(x))
-
-
-def run_time_true(x: Array) -> Bool[Array, ""]:
-    """True in the same way."""
-    return run_time_zero(x) > -1
+from .run_time import nothing_like, run_time_zero
 
 
 class Evaluation(NamedTuple):
@@ -143,41 +90,6 @@ def _thrifty(fn: Function) -> Function:
     return of_both
 
 
-def programs_in(equation: Any) -> list[Any]:
-    """The programs inside an equation."""
-    is_jaxpr = lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
-    inner = jtu.tree_leaves(equation.params, is_leaf=is_jaxpr)
-    return [getattr(x, "jaxpr", x) for x in inner if is_jaxpr(x)]
-
-
-def equations_of(jaxpr: Any) -> Iterator[Any]:
-    """The equations of a program and of those inside it."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in programs_in(equation):
-            yield from equations_of(inner)
-
-
-def following_equations_of(
-    jaxpr: Any, marked: Sequence[bool]
-) -> Iterator[tuple[Any, list[bool]]]:
-    """The same, each with which of its operands may depend on marked arguments."""
-    pairs = zip(jaxpr.invars, marked, strict=True)
-    follow = {id(x) for x, is_marked in pairs if is_marked}
-    for equation in jaxpr.eqns:
-        operands = [id(x) in follow for x in equation.invars]
-        yield equation, operands
-        for inner in programs_in(equation):
-            marked = [any(operands)] * len(inner.invars)
-            is_loop = equation.primitive.name in ("scan", "while")
-            # What a turn of a loop returns is an argument of the next.
-            if len(marked) == len(operands) and not is_loop:
-                marked = operands
-            yield from following_equations_of(inner, marked)
-        if any(operands):
-            follow.update(map(id, equation.outvars))
-
-
 def _has_complex(jaxpr: Any) -> bool:
     """Whether any variable is complex, in inner programs too."""
     variables = [*jaxpr.invars, *jaxpr.constvars]
@@ -209,7 +121,7 @@ def evaluate_isolated(
     new = lax.cond(
         zero > -1,
         compute,
-        lambda *_: [_nothing(x) for x in jaxpr.out_avals],
+        lambda *_: [nothing_like(x) for x in jaxpr.out_avals],
         zero,
         *operands,
     )
@@ -341,11 +253,6 @@ def _traced(fn: Function, x: PyTree[Array], rest: PyTree) -> tuple[Function, Any
     return of_program, jaxpr
 
 
-def _nothing(like: Any) -> Array:
-    fill = jnp.nan if jnp.issubdtype(like.dtype, jnp.inexact) else 0
-    return jnp.full(like.shape, fill, like.dtype)
-
-
 def _position(x: Array, among: Sequence[Array]) -> int | None:
     return next((i for i, y in enumerate(among) if x is y), None)
 
@@ -383,17 +290,3 @@ def _from_raw(raw: Array, kind: Any) -> Array:
 
 def _is_key(x: Array) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def written_out(tree: PyTree[Array], run_time: Array) -> PyTree[Array]:
-    """`tree`, written to memory: what reads it is not fused with what computes it."""
-    nothing = lambda tree: jtu.tree_map(_nothing, tree)
-    return lax.cond(run_time_true(run_time), lambda tree: tree, nothing, tree)
-
-
-def rounded_product(a: Array, b: Array) -> Array:
-    """`a*b`, rounded by itself whatever is done with it, (P) of `rounding.py`. `b` is
-    a run-time number."""
-    b = jnp.asarray(b)
-    product = a * b
-    return product + run_time_zero(b).astype(product.dtype)
