@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "reversax"
 # from those before it.
 ROOMS = {
     "_xla": "__init__ bits compat closure elementwise guard one_kernel rounding "
-    "batching run_time programs isolation",
+    "batching run_time programs written isolation",
     "_numbers": "__init__ schedule arithmetic words fixed_point",
     "_schemes": "__init__ control coupling problem stages increment fields kept rows "
     "moves scheme undoing interpolation error_estimate twins vector_fields "

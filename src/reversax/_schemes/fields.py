@@ -21,12 +21,12 @@ from .._numbers.arithmetic import State
 from .._xla.isolation import (
     Evaluation,
     Function,
-    bytes_of,
     evaluate,
     evaluate_isolated,
     evaluate_with_residuals,
     pull_back_again,
 )
+from .._xla.programs import bytes_of
 from .._xla.run_time import run_time_zero
 from .control import Control, Leg, Time
 from .increment import AbstractIncrement, Advance, Core

@@ -40,7 +40,8 @@ from jaxtyping import Array, PyTree
 
 from .._numbers.arithmetic import State, scaled
 from .._xla.closure import closed
-from .._xla.run_time import written_out
+from .._xla.run_time import run_time_zero
+from .._xla.written import written_out
 from .control import Control, Leg, Time, controls_of, over_leg
 from .problem import is_of_diffrax
 from .stages import written_from
@@ -254,7 +255,7 @@ class TableauIncrement(AbstractIncrement):
             # Not t0 + 1*(t1 - t0), which may miss t1 by an ulp.
             t_i = t1 if c == 1 else (t0 if c == 0 else t0 + c * (t1 - t0))
             if i > 0 and self.writes_stages(y, lanes):
-                y_i = written_out(y_i, jnp.asarray(t1))
+                y_i = written_out(y_i, run_time_zero(jnp.asarray(t1)))
             ks[i] = self.vf_prod(t_i, y_i, leg.control)  # (RK2)
             check_like_state(ks[i], y)
 

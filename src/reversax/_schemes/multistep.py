@@ -23,7 +23,7 @@ from .._numbers.arithmetic import AbstractArithmetic, State
 from .._numbers.schedule import Index
 from .._xla.closure import closed
 from .._xla.guard import with_derivative_of
-from .._xla.isolation import bytes_of
+from .._xla.programs import bytes_of
 from .._xla.run_time import rounded_product
 from .control import Control, Leg, Time, in_direction, is_of_time, times
 from .increment import (

@@ -18,7 +18,12 @@ from typing import Any, NamedTuple
 
 from .._xla.closure import Closed
 from .._xla.one_kernel import keeps_out_of_kernels
-from .._xla.programs import equations_of, following_equations_of, programs_in
+from .._xla.programs import (
+    NOT_FUSED,
+    equations_of,
+    following_equations_of,
+    programs_in,
+)
 
 _LARGE, _LARGE_IN_KERNEL = 256, 8
 """From which size on of a state. In a kernel writing costs next to nothing."""
@@ -33,12 +38,6 @@ _LINEAR = _ELSEWHERE | {
 }
 _LINEAR_IN_ONE = {"mul": {0, 1}, "div": {0}, "dynamic_slice": {0}, "gather": {0}}
 """Linear in one of these operands, if no other depends on the state."""
-_NOT_FUSED = {
-    *("dot_general", "ragged_dot_general", "conv_general_dilated", "fft", "sort"),
-    *("while", "scan", "cond", "custom_linear_solve", "triangular_solve"),
-    *("pure_callback", "io_callback", "reduce_window", "scatter", "scatter_add"),
-    *("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"),
-}
 
 
 def written_from(vf_prod: Closed) -> int | None:
@@ -81,7 +80,7 @@ def _is_nonlinear(
     for equation in program.eqns:
         operands = read(equation.invars)
         inner = programs_in(equation)
-        apart = equation.primitive.name in _NOT_FUSED
+        apart = equation.primitive.name in NOT_FUSED
         if not apart and len(inner) == 1 and len(inner[0].invars) == len(operands):
             found_inside, out = _is_nonlinear(inner[0], operands)
             found = found or found_inside

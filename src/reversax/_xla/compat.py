@@ -67,8 +67,9 @@ def _with_quick_prevbefore(loop: Any) -> Any:
 integration_loop = _with_quick_prevbefore(loop)
 
 
-# What makes XLA's CPU backend compile a call into one kernel, and leave it a call.
-ONE_KERNEL = {"xla_cpu_small_call": "true", "inlineable": "false"}
+# What makes XLA leave a call a call; and its CPU backend compile it into one kernel.
+NOT_INLINED = {"inlineable": "false"}
+ONE_KERNEL = {"xla_cpu_small_call": "true", **NOT_INLINED}
 
 
 @ft.cache

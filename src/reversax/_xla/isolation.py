@@ -7,12 +7,15 @@ to the bit. So each evaluation is made a computation of its own:
 - It is one branch of a conditional on a predicate that is always true, but only known
   at run time. Nothing is fused across its boundary. (Optimisation barriers and loops of
   one trip do not isolate: XLA removes them before it fuses.)
-- Both passes compile the same branch. The backward pass needs residuals for the
-  pull-back; the forward pass computes them too, and both keep them alive by letting the
-  result depend on an element of each, else what is unused would be pruned. (If there
-  is much of it, in a branch that is not taken: each device may have a part.) Residuals
-  that are merely inputs, parameters above all, are not returned from the branch (that
-  would copy them) but put in place outside.
+- Both passes compile the same branch. It returns what is met on the way to the value
+  and needed for the pull-back, and both passes keep that alive by letting the result
+  depend on an element of each, else what is unused would be pruned. (If there is much
+  of it, in a branch that is not taken: each device may have a part.) What is merely an
+  input, parameters above all, is not returned (that would copy it).
+- What of the residuals is not met on the way, as the cosine that a sine is pulled back
+  by, is made outside, by the backward pass alone: its bits do not matter to the state.
+- In the branch, what is dear and needed several times is written to memory, for it to
+  be evaluated once, `written.py`.
 - The pull-back has to wait for the evaluation: a compiler that is free to begin with
   what both do not share keeps the buffers of the one beside those of the other.
 - In the branch, products are rounded by themselves, `rounding.py`. Where a loop is one
@@ -36,9 +39,10 @@ from jaxtyping import Array, PyTree
 
 from .compat import CHECKPOINT
 from .one_kernel import is_complex, keeps_out_of_kernels
-from .programs import equations_of
+from .programs import bytes_of, equations_of, halves_of, plain
 from .rounding import with_rounded_products
 from .run_time import nothing_like, run_time_zero
+from .written import is_dear, with_dear_written, written_out
 
 
 class Evaluation(NamedTuple):
@@ -112,25 +116,45 @@ def evaluate_isolated(
     `run_time`, an array of numbers not known before run time, such as a time.
     """
     program = _program_of(fn, x, rest)
-    jaxpr, operands = program.jaxpr, program.operands
     zero = run_time_zero(run_time)
-    if any(map(keeps_out_of_kernels, equations_of(jaxpr.jaxpr))):
-        compute = lambda _, *operands: jax.extend.core.jaxpr_as_fun(jaxpr)(*operands)
-    else:
-        compute = lambda zero, *operands: with_rounded_products(jaxpr, zero, operands)
-    new = lax.cond(
-        zero > -1,
-        compute,
-        lambda *_: [nothing_like(x) for x in jaxpr.out_avals],
-        zero,
-        *operands,
-    )
+    in_kernel = program.suits_kernels
+    compute = _computing(program.jaxpr, in_kernel=in_kernel)
+    nothing = lambda *_: [nothing_like(x) for x in program.jaxpr.out_avals]
+    new = lax.cond(zero > -1, compute, nothing, zero, *program.operands)
     many = program.bytes_of_residuals >= _MANY_BYTES
     needing = _zero_that_needs(new, zero, in_branch=many)
-    evaluation = program.evaluation(_with_first_plus(needing, new))
+    second = ft.partial(_residuals, program.second, zero) if in_kernel else None
+    evaluation = program.evaluation(_with_first_plus(needing, new), second)
     if not many:
         return evaluation
     return evaluation._replace(pull=jtu.Partial(_pull_after, evaluation.pull, needing))
+
+
+_LARGE = 256
+"""From which size on of an array it takes less time to write it than to evaluate again
+something dear, where it is not written within a kernel."""
+
+
+def _computing(program: Any, *, in_kernel: bool) -> Callable[..., list[Array]]:
+    """What a branch is to compute, of a zero and the operands."""
+    written = with_dear_written(program, 1 if in_kernel else _LARGE)
+    if written is not None:
+        if in_kernel:
+            return lambda zero, *xs: with_rounded_products(written, zero, [zero, *xs])
+        return jax.extend.core.jaxpr_as_fun(written)
+    if in_kernel:
+        return lambda zero, *xs: with_rounded_products(program, zero, xs)
+    return lambda zero, *xs: jax.extend.core.jaxpr_as_fun(program)(*xs)
+
+
+def _residuals(program: Any, zero: Array, *args: Array) -> list[Array]:
+    """What `program` makes of arguments, written to memory. In one kernel it would
+    share what it can with the results, whose products are then others that are needed
+    once; of arguments times one it can share nothing."""
+    is_real = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    times_one = lambda x: x * (1 + zero).astype(x.dtype) if is_real(x) else x
+    residuals = jax.extend.core.jaxpr_as_fun(program)(*map(times_one, args))
+    return written_out(residuals, zero)
 
 
 def _pull_after(pull: Callable, zero: Array, ct: PyTree[Array]) -> Any:
@@ -157,16 +181,15 @@ def pull_back_again(
     return program.evaluation([*results, *residuals])
 
 
-def bytes_of(tree: PyTree) -> int:
-    """Of arrays, or of what describes some."""
-    return sum(x.size * x.dtype.itemsize for x in jtu.tree_leaves(tree))
-
-
 class _Program(NamedTuple):
     """An evaluation, as a program for what is computed in it, and what is made of that
     and of the operands."""
 
     jaxpr: Any
+    """Returns the results and what is kept for the residuals."""
+    second: Any
+    """Makes the residuals of the operands and of what is kept; `None` if that is what
+    they are."""
     operands: list[Array]
     others: Evaluation
     """What are no arrays."""
@@ -179,6 +202,10 @@ class _Program(NamedTuple):
     """How many of them are of the value and what is beside it, which come first."""
 
     @property
+    def suits_kernels(self) -> bool:
+        return not any(map(keeps_out_of_kernels, equations_of(self.jaxpr.jaxpr)))
+
+    @property
     def results(self) -> list[Any]:
         """What is computed of these."""
         number = sum(i is None for i in self.sources[: self.num_results])
@@ -188,9 +215,15 @@ class _Program(NamedTuple):
     def bytes_of_residuals(self) -> int:
         return bytes_of(self.jaxpr.out_avals[len(self.results) :])
 
-    def evaluation(self, new: Sequence[Array]) -> Evaluation:
-        """Of what was computed."""
+    def evaluation(self, new: Sequence[Array], second: Any = None) -> Evaluation:
+        """Of what was computed; `second`, if that is to be called in another way."""
         computed = iter(new)
+        if self.second is not None:
+            if not callable(second):
+                second = jax.extend.core.jaxpr_as_fun(self.second)
+            number = len(self.results)
+            rest: Any = second(*self.operands, *new[number:])
+            computed = iter([*new[:number], *rest])
         leaves = [
             _from_raw(next(computed), kind) if i is None else self.operands[i]
             for i, kind in zip(self.sources, self.kinds, strict=True)
@@ -237,7 +270,12 @@ def _program_as_it_is(fn: Function, x: PyTree[Array], rest: PyTree) -> _Program:
         return [_raw(x) for x, i in zip(leaves, sources, strict=True) if i is None]
 
     jaxpr = jax.make_jaxpr(ft.partial(run, fn))(*operands)
-    return _Program(jaxpr, operands, *noted[-1])
+    jaxpr = plain(jaxpr)
+    program = _Program(jaxpr, None, operands, *noted[-1])
+    halves = halves_of(program.jaxpr, len(program.results))
+    if halves is None or (program.suits_kernels and not is_dear(halves.second)):
+        return program
+    return program._replace(jaxpr=halves.first, second=halves.second)
 
 
 def _traced(fn: Function, x: PyTree[Array], rest: PyTree) -> tuple[Function, Any]:

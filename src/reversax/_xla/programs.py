@@ -1,9 +1,20 @@
-"""What programs consist of, and what follows in them."""
+"""What programs consist of, what follows in them, and programs in two parts."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+import jax
+import jax.extend.core
+import jax.numpy as jnp
 import jax.tree_util as jtu
+
+NOT_FUSED = {
+    *("dot_general", "ragged_dot_general", "conv_general_dilated", "fft", "sort"),
+    *("while", "scan", "cond", "custom_linear_solve", "triangular_solve"),
+    *("pure_callback", "io_callback", "reduce_window", "scatter", "scatter_add"),
+    *("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "written"),
+}
+"""What is not fused with what follows."""
 
 
 def programs_in(equation: Any) -> list[Any]:
@@ -39,3 +50,129 @@ def following_equations_of(
             yield from following_equations_of(inner, marked)
         if any(operands):
             follow.update(map(id, equation.outvars))
+
+
+def bytes_of(tree: Any) -> int:
+    """Of arrays, or of what describes some."""
+    return sum(x.size * x.dtype.itemsize for x in jtu.tree_leaves(tree))
+
+
+Program = jax.extend.core.ClosedJaxpr
+
+
+class Halves(NamedTuple):
+    """A program in two: what its first results are made of, and the others."""
+
+    first: Program
+    """Returns those results, and of what is met on the way what the others need."""
+    second: Program
+    """Takes the arguments, and what was met; returns the others."""
+
+
+def halves_of(program: Program, number: int) -> Halves | None:
+    """A program of which the first `number` results are in the first half; `None` if it
+    cannot be divided, or if less is returned than what would be met."""
+    if program.effects:
+        return None
+    jaxpr = program.jaxpr
+    results, others = jaxpr.outvars[:number], jaxpr.outvars[number:]
+    first = _behind(results, jaxpr.eqns)
+    in_first = set(map(id, first))
+    made = {id(x) for equation in first for x in equation.outvars}
+    second = _behind(others, [x for x in jaxpr.eqns if id(x) not in in_first])
+    asked = [*(x for equation in second for x in equation.invars), *others]
+    met = list({id(x): x for x in asked if id(x) in made}.values())
+    kinds, of_others = [x.aval for x in met], [x.aval for x in others]
+    # (Random keys have no size.)
+    if any(jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in kinds):
+        return None
+    if not second or bytes_of(kinds) > bytes_of(of_others):
+        return None
+    return Halves(
+        _part_of(program, first, jaxpr.invars, [*results, *met]),
+        _part_of(program, second, [*jaxpr.invars, *met], others),
+    )
+
+
+def plain(program: Program) -> Program:
+    """Without calls of compiled functions and without what does nothing."""
+    jaxpr = program.jaxpr
+    is_plain = lambda x: x.primitive.name != "jit" and not _is_nothing(x)
+    if program.effects or all(map(is_plain, jaxpr.eqns)):
+        return program
+    return _part_of(program, jaxpr.eqns, jaxpr.invars, jaxpr.outvars)
+
+
+def _behind(variables: Iterable[Any], equations: Sequence[Any]) -> list[Any]:
+    """Those of the equations that variables follow from."""
+    needed, behind = {id(x) for x in variables}, []
+    for equation in reversed(equations):
+        if any(id(x) in needed for x in equation.outvars):
+            needed.update(map(id, equation.invars))
+            behind.append(equation)
+    return behind[::-1]
+
+
+def _part_of(
+    program: Program,
+    equations: Sequence[Any],
+    arguments: Sequence[Any],
+    results: Sequence[Any],
+) -> Program:
+    """These equations, from what are variables of the program to what are."""
+    known = [*program.jaxpr.constvars, *arguments]
+
+    def fn(*args):
+        values = dict(zip(known, [*program.consts, *args], strict=True))
+        return [jnp.asarray(x) for x in _run(equations, values, results)]
+
+    return jax.make_jaxpr(fn)(*[x.aval for x in arguments])
+
+
+Changed = Callable[[Any, Any], Any]
+
+
+def evaluated(
+    program: Program, args: Sequence[Any], changed: Changed = lambda _, value: value
+) -> list[Any]:
+    """What a program returns, with `changed(variable, value)` in the place of values;
+    calls of compiled functions are written out."""
+    jaxpr = program.jaxpr
+    known = [*jaxpr.constvars, *jaxpr.invars]
+    values = dict(zip(known, [*program.consts, *args], strict=True))
+    return _run(jaxpr.eqns, values, jaxpr.outvars, changed)
+
+
+def _run(
+    equations: Sequence[Any],
+    values: dict[Any, Any],
+    results: Sequence[Any],
+    changed: Changed = lambda _, value: value,
+) -> list[Any]:
+    """The values of the results after the equations."""
+    read = lambda x: x.val if hasattr(x, "val") else values[x]
+    for equation in equations:
+        args = [read(x) for x in equation.invars]
+        if equation.primitive.name == "jit":
+            out = evaluated(equation.params["jaxpr"], args)
+        elif _is_nothing(equation):
+            out = args
+        else:
+            params = equation.primitive.get_bind_params(equation.params)
+            with equation.ctx.manager:
+                out = equation.primitive.bind(*args, **params)
+            out = out if equation.primitive.multiple_results else [out]
+        pairs = zip(equation.outvars, out, strict=True)
+        values.update({variable: changed(variable, x) for variable, x in pairs})
+    return [read(x) for x in results]
+
+
+def _is_nothing(equation: Any) -> bool:
+    """Whether it returns its operand: `jax.checkpoint` rounds what it keeps to the
+    precision that it has. A compiler takes that with all behind it to each place that
+    it is needed in, and evaluates a sine there once more."""
+    if equation.primitive.name != "reduce_precision":
+        return False
+    precision = jnp.finfo(equation.invars[0].aval.dtype)
+    given = equation.params["exponent_bits"], equation.params["mantissa_bits"]
+    return given == (precision.nexp, precision.nmant)

@@ -7,9 +7,8 @@ import jax
 import jax.extend.core
 import jax.lax as lax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from .bits import bits_of
 
@@ -71,12 +70,6 @@ def nothing_like(like: Any) -> Array:
     """Of its shape and dtype, what is seen to be none."""
     fill = jnp.nan if jnp.issubdtype(like.dtype, jnp.inexact) else 0
     return jnp.full(like.shape, fill, like.dtype)
-
-
-def written_out(tree: PyTree[Array], run_time: Array) -> PyTree[Array]:
-    """`tree`, written to memory: what reads it is not fused with what computes it."""
-    nothing = lambda tree: jtu.tree_map(nothing_like, tree)
-    return lax.cond(run_time_true(run_time), lambda tree: tree, nothing, tree)
 
 
 def rounded_product(a: Array, b: Array) -> Array:
