@@ -123,8 +123,12 @@ def evaluate_isolated(
     new = lax.cond(zero > -1, compute, nothing, zero, *program.operands)
     many = program.bytes_of_residuals >= _MANY_BYTES
     needing = _zero_that_needs(new, zero, in_branch=many)
-    second = ft.partial(_residuals, program.second, zero) if in_kernel else None
-    evaluation = program.evaluation(_with_first_plus(needing, new), second)
+    new = _with_first_plus(needing, new)
+    if in_kernel:
+        called = lambda second: ft.partial(_residuals, second, zero)
+        evaluation = program.evaluation(new, called)
+    else:
+        evaluation = program.evaluation(new)
     if not many:
         return evaluation
     return evaluation._replace(pull=jtu.Partial(_pull_after, evaluation.pull, needing))
@@ -215,21 +219,20 @@ class _Program(NamedTuple):
     def bytes_of_residuals(self) -> int:
         return bytes_of(self.jaxpr.out_avals[len(self.results) :])
 
-    def evaluation(self, new: Sequence[Array], second: Any = None) -> Evaluation:
-        """Of what was computed; `second`, if that is to be called in another way."""
-        computed = iter(new)
+    def evaluation(
+        self, new: Sequence[Array], called: Callable = jax.extend.core.jaxpr_as_fun
+    ) -> Evaluation:
+        """Of what was computed; `called` makes a function of a program."""
+        computed, number = iter(new), len(self.results)
         if self.second is not None:
-            if not callable(second):
-                second = jax.extend.core.jaxpr_as_fun(self.second)
-            number = len(self.results)
-            rest: Any = second(*self.operands, *new[number:])
+            rest = called(self.second)(*self.operands, *new[number:])
             computed = iter([*new[:number], *rest])
         leaves = [
             _from_raw(next(computed), kind) if i is None else self.operands[i]
             for i, kind in zip(self.sources, self.kinds, strict=True)
         ]
         evaluation = eqx.combine(self.treedef.unflatten(leaves), self.others)
-        return evaluation._replace(residuals=list(new[len(self.results) :]))
+        return evaluation._replace(residuals=list(new[number:]))
 
 
 _FEW_BYTES = 2**17
