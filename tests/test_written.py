@@ -176,6 +176,17 @@ def test_rounding_to_the_precision_of_an_array_is_nothing_and_to_another_is_not(
         np.testing.assert_array_equal(x, y)
 
 
+def test_calls_are_written_out_unless_they_say_how_arrays_are_laid_out():
+    mesh = jax.make_mesh((1,), ("all",))
+    layout = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("all"))
+    laid_out = jax.jit(jnp.cos, out_shardings=layout)
+    fn = lambda x: laid_out(jax.jit(lambda x: jax.jit(jnp.sin)(x) * 2)(x))
+    program = plain(program_of(fn, X))
+    names = [equation.primitive.name for equation in program.jaxpr.eqns]
+    assert names == ["sin", "mul", "jit"]
+    np.testing.assert_array_equal(run(program, X)[0], fn(X))
+
+
 def sines_of(x, zero):
     s = written_out(jnp.sin(x), zero)
     return s * 2 + 1, s**2, s - x

@@ -148,6 +148,23 @@ def replayed_end(
     return jnp.where(k == num_steps, t1, t0 + multiply(t1 - t0, fraction))
 
 
+@ft.cache
+def _not_laid_out() -> Any:
+    """What a call says of an argument of which no layout over devices was asked for."""
+    program = jax.make_jaxpr(jax.jit(lambda x: x))(0.0)
+    return program.jaxpr.eqns[0].params["out_shardings"][0]
+
+
+def is_mere_call(equation: Any) -> bool:
+    """Whether an equation is a call of a compiled function that says nothing of how
+    arrays are to be laid out over devices."""
+    if equation.primitive.name != "jit":
+        return False
+    keys = "in_shardings", "out_shardings"
+    layouts = [layout for key in keys for layout in equation.params[key]]
+    return all(layout is _not_laid_out() for layout in layouts)
+
+
 class _AreaTerm(dfx.AbstractTerm):
     """Driven by a space-time Levy area of one, and nothing else."""
 

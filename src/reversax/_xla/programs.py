@@ -8,6 +8,8 @@ import jax.extend.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
+from .compat import is_mere_call
+
 NOT_FUSED = {
     *("dot_general", "ragged_dot_general", "conv_general_dilated", "fft", "sort"),
     *("while", "scan", "cond", "custom_linear_solve", "triangular_solve"),
@@ -97,7 +99,7 @@ def halves_of(program: Program, number: int) -> Halves | None:
 def plain(program: Program) -> Program:
     """Without calls of compiled functions and without what does nothing."""
     jaxpr = program.jaxpr
-    is_plain = lambda x: x.primitive.name != "jit" and not _is_nothing(x)
+    is_plain = lambda x: not (is_mere_call(x) or _is_nothing(x))
     if program.effects or all(map(is_plain, jaxpr.eqns)):
         return program
     return _part_of(program, jaxpr.eqns, jaxpr.invars, jaxpr.outvars)
@@ -153,7 +155,7 @@ def _run(
     read = lambda x: x.val if hasattr(x, "val") else values[x]
     for equation in equations:
         args = [read(x) for x in equation.invars]
-        if equation.primitive.name == "jit":
+        if is_mere_call(equation):
             out = evaluated(equation.params["jaxpr"], args)
         elif _is_nothing(equation):
             out = args
