@@ -66,6 +66,7 @@ DEAR = {
     "matrix": lambda t, y, a: jax.nn.gelu(a * (y.reshape(4, 2) @ M)).ravel() - y,
     "own-rule": lambda t, y, a: -a * squashed(y),
 }
+DAILY = "sine", "product", "matrix", "own-rule"
 M = jnp.array([[0.3, -0.4], [0.6, 0.2]])
 
 
@@ -84,7 +85,13 @@ squashed.defvjp(
 @pytest.mark.parametrize(
     "base", [dfx.Tsit5, pytest.param(dfx.Euler, marks=pytest.mark.heavy)]
 )
-@pytest.mark.parametrize("name", DEAR)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in DAILY else pytest.param(name, marks=pytest.mark.heavy)
+        for name in DEAR
+    ],
+)
 def test_the_gradient_of_what_is_dear_is_that_of_direct_differentiation(
     name, base, lanes
 ):
