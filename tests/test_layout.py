@@ -13,8 +13,8 @@ SOURCE = ROOT / "src" / "reversax"
 # From the bottom to the top: a module imports only from those before it, and a folder
 # from those before it.
 ROOMS = {
-    "_xla": "__init__ bits compat closure elementwise guard one_kernel rounding "
-    "batching run_time programs written isolation",
+    "_xla": "__init__ bits compat closure elementwise guard one_kernel programs "
+    "rounding batching run_time written isolation",
     "_numbers": "__init__ schedule arithmetic words fixed_point",
     "_schemes": "__init__ control coupling problem stages increment fields kept rows "
     "moves scheme undoing interpolation error_estimate twins vector_fields "

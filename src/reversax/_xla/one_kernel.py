@@ -182,7 +182,7 @@ def _lower(ctx, *values):
     if not _all_suit(call, table):
         return list(values)
     results = list(call.results)
-    kernel = _with_tuples(call, table, module.module)
+    kernel = _with_tuples(call, module.module)
     elements = _elements(kernel.results[0], len(results))
     return [elements[results.index(x)] for x in values]
 
@@ -193,28 +193,48 @@ def _elements(values: Any, number: int) -> list:
     return [stablehlo.get_tuple_element(values, at(i)) for i in range(number)]
 
 
-def _with_tuples(call: Any, table: Any, module: Any) -> Any:
+def _with_tuples(call: Any, module: Any) -> Any:
     """A call of the same function by way of one that takes and returns a tuple, with
     the attribute; the first is left unused, to be removed by the compiler."""
     operands, kinds = list(call.operands), [x.type for x in call.results]
-    taken = ir.TupleType.get_tuple([x.type for x in operands])
+
+    def body(taken):
+        inner = func.CallOp(
+            kinds, call.attributes["callee"], _elements(taken, len(operands))
+        )
+        return stablehlo.tuple(list(inner.results))
+
     returned = ir.TupleType.get_tuple(kinds)
+    taken = stablehlo.tuple(operands)
+    return marked_call(
+        body, taken, returned, name="one_kernel", marks=ONE_KERNEL, module=module
+    )
+
+
+def marked_call(
+    body: Callable[[Any], Any],
+    operand: Any,
+    returned: Any,
+    *,
+    name: str,
+    marks: dict[str, str],
+    module: Any,
+) -> Any:
+    """A call with these frontend attributes of a new function, of which `body` makes
+    the result of the operand."""
     with ir.InsertionPoint(module.body):
-        outer = func.FuncOp("one_kernel", ir.FunctionType.get([taken], [returned]))
-    outer.attributes["sym_visibility"] = ir.StringAttr.get("private")
-    table.insert(outer)
-    block = outer.add_entry_block()
+        kind = ir.FunctionType.get([operand.type], [returned])
+        function = func.FuncOp(name, kind)
+    function.attributes["sym_visibility"] = ir.StringAttr.get("private")
+    ir.SymbolTable(module.operation).insert(function)
+    block = function.add_entry_block()
     with ir.InsertionPoint(block):
-        arguments = _elements(block.arguments[0], len(operands))
-        inner = func.CallOp(kinds, call.attributes["callee"], arguments)
-        func.ReturnOp([stablehlo.tuple(list(inner.results))])
-    name = ir.FlatSymbolRefAttr.get(outer.name.value)
-    kernel = func.CallOp([returned], name, [stablehlo.tuple(operands)]).operation
-    attributes: dict[str, Any] = {
-        k: ir.StringAttr.get(v) for k, v in ONE_KERNEL.items()
-    }
-    kernel.attributes["mhlo.frontend_attributes"] = ir.DictAttr.get(attributes)
-    return kernel
+        func.ReturnOp([body(block.arguments[0])])
+    callee = ir.FlatSymbolRefAttr.get(function.name.value)
+    call = func.CallOp([returned], callee, [operand]).operation
+    attributes: dict[str, Any] = {k: ir.StringAttr.get(v) for k, v in marks.items()}
+    call.attributes["mhlo.frontend_attributes"] = ir.DictAttr.get(attributes)
+    return call
 
 
 _results_p = jax.extend.core.Primitive("one_kernel_results")

@@ -54,6 +54,14 @@ def following_equations_of(
             follow.update(map(id, equation.outvars))
 
 
+def outputs_of(equation: Any, args: Sequence[Any]) -> Sequence[Any]:
+    """What an equation makes of operands."""
+    primitive = equation.primitive
+    with equation.ctx.manager:
+        out = primitive.bind(*args, **primitive.get_bind_params(equation.params))
+    return out if primitive.multiple_results else [out]
+
+
 def bytes_of(tree: Any) -> int:
     """Of arrays, or of what describes some."""
     return sum(x.size * x.dtype.itemsize for x in jtu.tree_leaves(tree))
@@ -160,10 +168,7 @@ def _run(
         elif _is_nothing(equation):
             out = args
         else:
-            params = equation.primitive.get_bind_params(equation.params)
-            with equation.ctx.manager:
-                out = equation.primitive.bind(*args, **params)
-            out = out if equation.primitive.multiple_results else [out]
+            out = outputs_of(equation, args)
         pairs = zip(equation.outvars, out, strict=True)
         values.update({variable: changed(variable, x) for variable, x in pairs})
     return [read(x) for x in results]

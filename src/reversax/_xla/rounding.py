@@ -19,6 +19,8 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .programs import outputs_of
+
 _PRODUCTS = frozenset({"mul", "integer_pow", "square"})
 
 
@@ -42,9 +44,7 @@ def _evaluated(equation: Any, zero: Array, args: list) -> Sequence[Array]:
     inside = _INSIDE.get(primitive.name)
     if inside is not None:
         return inside(params, zero, args)
-    with equation.ctx.manager:
-        out = primitive.bind(*args, **primitive.get_bind_params(params))
-    out = out if primitive.multiple_results else [out]
+    out = outputs_of(equation, args)
     if primitive.name in _PRODUCTS and jnp.issubdtype(out[0].dtype, jnp.inexact):
         out = [out[0] + zero.astype(out[0].dtype)]  # (P)
     return out

@@ -14,12 +14,11 @@ import jax.extend.core
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import func
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, PyTree
 
 from .compat import NOT_INLINED, compiles_small_calls, number_of_devices
+from .one_kernel import marked_call
 from .programs import NOT_FUSED, Program, equations_of, evaluated
 from .run_time import nothing_like
 
@@ -39,19 +38,9 @@ def _lower_on_cpu(ctx, x, zero):
     module = ctx.module_context.module
     if not compiles_small_calls() or number_of_devices(ctx.module_context) != 1:
         return _lower_conditional(ctx, x, zero)
-    with ir.InsertionPoint(module.body):
-        same = func.FuncOp("written", ir.FunctionType.get([x.type], [x.type]))
-    same.attributes["sym_visibility"] = ir.StringAttr.get("private")
-    ir.SymbolTable(module.operation).insert(same)
-    block = same.add_entry_block()
-    with ir.InsertionPoint(block):
-        func.ReturnOp([block.arguments[0]])
-    name = ir.FlatSymbolRefAttr.get(same.name.value)
-    call = func.CallOp([x.type], name, [x]).operation
-    attributes: dict[str, Any] = {
-        k: ir.StringAttr.get(v) for k, v in NOT_INLINED.items()
-    }
-    call.attributes["mhlo.frontend_attributes"] = ir.DictAttr.get(attributes)
+    call = marked_call(
+        lambda x: x, x, x.type, name="written", marks=NOT_INLINED, module=module
+    )
     return list(call.results)
 
 
