@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "reversax"
 # from those before it.
 ROOMS = {
     "_xla": "__init__ bits compat closure elementwise guard one_kernel programs "
-    "rounding batching run_time written isolation",
+    "rounding batching run_time written residuals isolation",
     "_numbers": "__init__ schedule arithmetic words fixed_point",
     "_schemes": "__init__ control coupling problem stages increment fields kept rows "
     "moves scheme undoing interpolation error_estimate twins vector_fields "

@@ -11,7 +11,7 @@ import pytest
 
 import reversax as rvx
 from reversax._xla import isolation, written
-from reversax._xla.programs import halves_of, plain
+from reversax._xla.programs import plain
 from reversax._xla.written import written_out
 
 BASES = {"euler": (dfx.Euler, 1), "heun": (dfx.Heun, 2), "tsit5": (dfx.Tsit5, 6)}
@@ -126,49 +126,6 @@ def run(program, *args):
 
 
 X = jnp.linspace(0.1, 1, 5)
-
-
-def test_two_halves_of_a_program_make_what_it_makes():
-    def fn(a, x):
-        s = jnp.sin(x)
-        return a * s, a, s, jnp.cos(x) * s, jnp.cos(a) * x
-
-    program = program_of(fn, 0.3, X)
-    halves = halves_of(program, 1)
-    result, *met = run(halves.first, 0.3, X)
-    assert [x.shape for x in met] == [(5,)]
-    whole = run(program, 0.3, X)
-    np.testing.assert_array_equal(result, whole[0])
-    for x, y in zip(run(halves.second, 0.3, X, *met), whole[1:], strict=True):
-        np.testing.assert_array_equal(x, y)
-
-
-def needs_more_than_it_returns(x):
-    s = jnp.sin(x)
-    return s, jnp.cos(s[0])
-
-
-def prints(x):
-    jax.debug.print("{}", x)
-    return jnp.sin(x), jnp.cos(x)
-
-
-def needs_a_key(x):
-    key = jax.random.fold_in(jax.random.key(0), x[0].astype(int))
-    return jax.random.normal(key, (5,)), x + jax.random.normal(key, (5,))
-
-
-@pytest.mark.parametrize(
-    "fn",
-    [
-        pytest.param(lambda x: (jnp.sin(x), x), id="nothing-but-the-result"),
-        needs_more_than_it_returns,
-        prints,
-        needs_a_key,
-    ],
-)
-def test_some_programs_have_no_halves(fn):
-    assert halves_of(program_of(fn, X), 1) is None
 
 
 def test_rounding_to_the_precision_of_an_array_is_nothing_and_to_another_is_not():

@@ -39,7 +39,8 @@ from jaxtyping import Array, PyTree
 
 from .compat import CHECKPOINT
 from .one_kernel import is_complex, keeps_out_of_kernels
-from .programs import bytes_of, equations_of, halves_of, plain
+from .programs import bytes_of, equations_of, plain
+from .residuals import COSTS_NOTHING, halves_of
 from .rounding import with_rounded_products
 from .run_time import nothing_like, run_time_zero
 from .written import is_dear, with_dear_written, written_out
@@ -66,24 +67,13 @@ def evaluate(fn: Function, x: PyTree[Array], rest: PyTree) -> Evaluation:
     return Evaluation(value, other, pull)
 
 
-# What follows from a kept residual at no cost: not worth keeping as well.
-_CHEAP = frozenset(
-    {
-        *("add", "sub", "neg", "sign", "square", "integer_pow", "max", "min"),
-        *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "select_n"),
-        *("broadcast_in_dim", "expand_dims", "reshape", "squeeze", "transpose"),
-        *("convert_element_type", "copy"),
-    }
-)
-
-
 def _worth_keeping(primitive, *_, **__) -> bool:
-    return primitive.name not in _CHEAP
+    return primitive.name not in COSTS_NOTHING
 
 
 def _thrifty(fn: Function) -> Function:
-    """`fn` with few residuals: those of an isolated evaluation are all written to
-    memory, in both passes."""
+    """`fn` with few residuals of the loops in it, into which `halves_of` does not
+    look."""
 
     def of_both(x, rest):
         few = jax.checkpoint(
@@ -100,11 +90,6 @@ def _has_complex(jaxpr: Any) -> bool:
     for equation in equations_of(jaxpr):
         variables += equation.outvars
     return any(map(is_complex, variables))
-
-
-def _has_checkpoint(jaxpr: Any) -> bool:
-    """Whether a part of it says itself what is kept of it."""
-    return any(x.primitive.name == CHECKPOINT for x in equations_of(jaxpr))
 
 
 def evaluate_isolated(
@@ -124,7 +109,7 @@ def evaluate_isolated(
     many = program.bytes_of_residuals >= _MANY_BYTES
     needing = _zero_that_needs(new, zero, in_branch=many)
     new = _with_first_plus(needing, new)
-    if in_kernel:
+    if in_kernel and program.second is not None and is_dear(program.second):
         called = lambda second: ft.partial(_residuals, second, zero)
         evaluation = program.evaluation(new, called)
     else:
@@ -219,6 +204,18 @@ class _Program(NamedTuple):
     def bytes_of_residuals(self) -> int:
         return bytes_of(self.jaxpr.out_avals[len(self.results) :])
 
+    @property
+    def keeps_of_loops(self) -> bool:
+        """Whether anything that is kept was met in a loop."""
+        made = {
+            id(x)
+            for equation in self.jaxpr.eqns
+            for x in equation.outvars
+            if equation.primitive.name in _LOOPS
+        }
+        kept = self.jaxpr.jaxpr.outvars[len(self.results) :]
+        return any(id(x) in made for x in kept)
+
     def evaluation(
         self, new: Sequence[Array], called: Callable = jax.extend.core.jaxpr_as_fun
     ) -> Evaluation:
@@ -235,23 +232,24 @@ class _Program(NamedTuple):
         return evaluation._replace(residuals=list(new[number:]))
 
 
-_FEW_BYTES = 2**17
-"""Of residuals, about which it does not matter how many they are."""
 _MANY_BYTES = 2**13
 """Of residuals, for a pull-back to wait for: of fewer, in one kernel, it takes time."""
 
 
+_LOOPS = frozenset({"scan", "while", "cond"})
+
+
 def _program_of(fn: Function, x: PyTree[Array], rest: PyTree) -> _Program:
+    as_it_is = _program_as_it_is(fn, x, rest)
+    if not as_it_is.keeps_of_loops:
+        return as_it_is
     fn, plain = _traced(fn, x, rest)
     # `jax.checkpoint` would repeat side effects, such as printing, cannot keep complex
     # numbers, and keeps by its policy what one inside it was not to keep.
-    if plain.effects or _has_complex(plain.jaxpr) or _has_checkpoint(plain.jaxpr):
-        return _program_as_it_is(fn, x, rest)
-    thrifty = _program_as_it_is(_thrifty(fn), x, rest)
-    if thrifty.bytes_of_residuals <= _FEW_BYTES:
-        return thrifty
-    # What follows at no cost may follow from many: a stencil from its neighbours.
-    programs = _program_as_it_is(fn, x, rest), thrifty
+    names = {x.primitive.name for x in equations_of(plain.jaxpr)}
+    if plain.effects or _has_complex(plain.jaxpr) or CHECKPOINT in names:
+        return as_it_is
+    programs = as_it_is, _program_as_it_is(_thrifty(fn), x, rest)
     return min(programs, key=lambda program: program.bytes_of_residuals)
 
 
@@ -276,7 +274,7 @@ def _program_as_it_is(fn: Function, x: PyTree[Array], rest: PyTree) -> _Program:
     jaxpr = plain(jaxpr)
     program = _Program(jaxpr, None, operands, *noted[-1])
     halves = halves_of(program.jaxpr, len(program.results))
-    if halves is None or (program.suits_kernels and not is_dear(halves.second)):
+    if halves is None:
         return program
     return program._replace(jaxpr=halves.first, second=halves.second)
 

@@ -1,7 +1,7 @@
-"""What programs consist of, what follows in them, and programs in two parts."""
+"""What programs consist of, what follows in them, and parts of them."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from typing import Any
 
 import jax
 import jax.extend.core
@@ -70,60 +70,29 @@ def bytes_of(tree: Any) -> int:
 Program = jax.extend.core.ClosedJaxpr
 
 
-class Halves(NamedTuple):
-    """A program in two: what its first results are made of, and the others."""
-
-    first: Program
-    """Returns those results, and of what is met on the way what the others need."""
-    second: Program
-    """Takes the arguments, and what was met; returns the others."""
-
-
-def halves_of(program: Program, number: int) -> Halves | None:
-    """A program of which the first `number` results are in the first half; `None` if it
-    cannot be divided, or if less is returned than what would be met."""
-    if program.effects:
-        return None
-    jaxpr = program.jaxpr
-    results, others = jaxpr.outvars[:number], jaxpr.outvars[number:]
-    first = _behind(results, jaxpr.eqns)
-    in_first = set(map(id, first))
-    made = {id(x) for equation in first for x in equation.outvars}
-    second = _behind(others, [x for x in jaxpr.eqns if id(x) not in in_first])
-    asked = [*(x for equation in second for x in equation.invars), *others]
-    met = list({id(x): x for x in asked if id(x) in made}.values())
-    kinds, of_others = [x.aval for x in met], [x.aval for x in others]
-    # (Random keys have no size.)
-    if any(jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in kinds):
-        return None
-    if not second or bytes_of(kinds) > bytes_of(of_others):
-        return None
-    return Halves(
-        _part_of(program, first, jaxpr.invars, [*results, *met]),
-        _part_of(program, second, [*jaxpr.invars, *met], others),
-    )
-
-
 def plain(program: Program) -> Program:
     """Without calls of compiled functions and without what does nothing."""
     jaxpr = program.jaxpr
     is_plain = lambda x: not (is_mere_call(x) or _is_nothing(x))
     if program.effects or all(map(is_plain, jaxpr.eqns)):
         return program
-    return _part_of(program, jaxpr.eqns, jaxpr.invars, jaxpr.outvars)
+    return part_of(program, jaxpr.eqns, jaxpr.invars, jaxpr.outvars)
 
 
-def _behind(variables: Iterable[Any], equations: Sequence[Any]) -> list[Any]:
-    """Those of the equations that variables follow from."""
-    needed, behind = {id(x) for x in variables}, []
+def behind(
+    variables: Iterable[Any], equations: Sequence[Any], known: Set[int] = frozenset()
+) -> list[Any]:
+    """Those of the equations that variables follow from, unless they are known, by
+    `id`."""
+    needed, found = {id(x) for x in variables} - known, []
     for equation in reversed(equations):
         if any(id(x) in needed for x in equation.outvars):
-            needed.update(map(id, equation.invars))
-            behind.append(equation)
-    return behind[::-1]
+            needed.update({id(x) for x in equation.invars} - known)
+            found.append(equation)
+    return found[::-1]
 
 
-def _part_of(
+def part_of(
     program: Program,
     equations: Sequence[Any],
     arguments: Sequence[Any],

@@ -1,0 +1,158 @@
+r"""What an evaluation keeps for its pull-back: as few bytes as can be.
+
+A program returns results and residuals, what results are pulled back with. It is
+divided in two, of which the first makes the results and keeps some of what it meets on
+the way, and the second makes the residuals of the arguments and of what was kept, in
+the backward pass alone. What follows from arguments, or from what is kept, by
+operations that cost next to nothing need not be kept.
+
+Which set of arrays has the fewest bytes is the problem of a minimum cut: in the graph
+of the arrays, in which each is a vertex of a capacity
+
+    (C)    its bytes, in steps of 64, which an array takes however small it is, and as
+           many for its address and for all that is done with an array,
+
+and of which the operations that cost next to nothing are edges of no bound, one cuts
+all ways from the arrays that are not to be made twice to the residuals.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse
+import scipy.sparse.csgraph
+
+from .programs import Program, behind, bytes_of, part_of
+
+_SHORT = 16
+"""Along an axis that is shorter numbers are told apart, and no neighbours are read."""
+
+COSTS_NOTHING = frozenset(
+    {
+        *("add", "sub", "neg", "sign", "abs", "square", "integer_pow", "max", "min"),
+        *("mul", "div", "sqrt", "rsqrt", "add_any", "clamp", "rem", "floor", "round"),
+        *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "select_n"),
+        *("broadcast_in_dim", "expand_dims", "reshape", "squeeze", "transpose"),
+        *("convert_element_type", "copy", "real", "imag", "complex", "conj", "iota"),
+        *("stop_gradient", "is_finite"),
+    }
+)
+
+_COSTS_NOTHING_OF_FEW = {"slice", "concatenate", "pad", "reduce_sum", "dot_general"}
+
+
+class Halves(NamedTuple):
+    """A program in two: what its first results are made of, and the others."""
+
+    first: Program
+    """Returns those results, and what is kept."""
+    second: Program
+    """Takes the arguments, and what was kept; returns the others."""
+
+
+def halves_of(program: Program, number: int) -> Halves | None:
+    """A program of which the first `number` results are in the first half; `None` if it
+    cannot be divided, or if as much is returned as would be kept."""
+    if program.effects:
+        return None
+    jaxpr = program.jaxpr
+    results, others = jaxpr.outvars[:number], jaxpr.outvars[number:]
+    first = behind(results, jaxpr.eqns)
+    kept = _kept(jaxpr.eqns, first, others)
+    if kept is None:
+        return None
+    known = {id(x) for x in [*jaxpr.constvars, *jaxpr.invars, *kept]}
+    second = behind(others, jaxpr.eqns, known)
+    if not second:
+        return None
+    return Halves(
+        part_of(program, first, jaxpr.invars, [*results, *kept]),
+        part_of(program, second, [*jaxpr.invars, *kept], others),
+    )
+
+
+def _kept(
+    equations: Sequence[Any], first: Sequence[Any], asked: Sequence[Any]
+) -> list[Any] | None:
+    """Of the variables that the equations `first` make, those to be kept for `asked` to
+    be made by the others, and again by those that cost nothing; `None` if that takes an
+    array that cannot be kept."""
+    in_first = set(map(id, first))
+    made = [(x, e) for e in equations for x in e.outvars]
+    at = {id(x): i for i, (x, _) in enumerate(made)}
+    costs = [_cost(x) if id(e) in in_first else math.inf for x, e in made]
+    # Vertex `i` is an edge from `2*i` to `2*i + 1`.
+    source, sink = 2 * len(made), 2 * len(made) + 1
+    edges = [(2 * i, 2 * i + 1, cost) for i, cost in enumerate(costs)]
+    for i, (_, equation) in enumerate(made):
+        if id(equation) in in_first and not _costs_nothing(equation):
+            edges.append((source, 2 * i, math.inf))
+            continue
+        before = {at[id(x)] for x in equation.invars if id(x) in at}
+        edges += [(2 * j + 1, 2 * i, math.inf) for j in before]
+    asked_for = {at[id(x)] for x in asked if id(x) in at}
+    edges += [(2 * i + 1, sink, math.inf) for i in asked_for]
+    side = _side_of_source(edges, source, sink)
+    if side is None:
+        return None
+    return [x for i, (x, _) in enumerate(made) if side[2 * i] and not side[2 * i + 1]]
+
+
+def _side_of_source(
+    edges: Sequence[tuple[int, int, float]], source: int, sink: int
+) -> np.ndarray | None:
+    """Which vertices are on the side of the source in a minimum cut of edges, each of a
+    beginning, an end and a capacity; `None` if all cuts have no bound."""
+    begins, ends, capacities = map(np.asarray, zip(*edges, strict=True))
+    # The capacities are to be integers of 32 bits, of which sums are taken.
+    finite = capacities[np.isfinite(capacities)]
+    scale = max(1.0, finite.sum() / 2**28)
+    no_bound = 2**29
+    whole = np.where(np.isfinite(capacities), np.ceil(capacities / scale), no_bound)
+    shape = sink + 1, sink + 1
+    graph = scipy.sparse.csr_array((whole.astype(np.int32), (begins, ends)), shape)
+    found = scipy.sparse.csgraph.maximum_flow(graph, source, sink)
+    if found.flow_value >= no_bound:
+        return None
+    left = graph - found.flow
+    left.data = np.maximum(left.data, 0)
+    left.eliminate_zeros()
+    reached = scipy.sparse.csgraph.breadth_first_order(
+        left, source, return_predecessors=False
+    )
+    side = np.zeros(sink + 1, bool)
+    side[reached] = True
+    return side
+
+
+def _cost(x: Any) -> float:
+    """(C), in units of 64 bytes."""
+    if jnp.issubdtype(x.aval.dtype, jax.dtypes.extended):
+        return math.inf  # Random keys cannot be returned.
+    return 1 + -(-bytes_of(x.aval) // 64)
+
+
+def _costs_nothing(equation: Any) -> bool:
+    name, params = equation.primitive.name, equation.params
+    if name in COSTS_NOTHING:
+        return True
+    if name not in _COSTS_NOTHING_OF_FEW:
+        return False
+    (out,), operand = equation.outvars, equation.invars[0].aval
+    if name == "slice":
+        limits = zip(params["start_indices"], params["limit_indices"], strict=True)
+        lengths = zip(operand.shape, limits, strict=True)
+        return all(n < _SHORT for n, (a, b) in lengths if b - a < n)
+    if name == "concatenate":
+        return out.aval.shape[params["dimension"]] < _SHORT
+    if name == "pad":
+        lengths = zip(operand.shape, params["padding_config"], strict=True)
+        return all(n < _SHORT for n, config in lengths if any(config))
+    if name == "reduce_sum":
+        return all(operand.shape[i] < _SHORT for i in params["axes"])
+    sizes = [x.aval.size for x in equation.invars]
+    return out.aval.size < _SHORT and max(sizes) < _SHORT**2
