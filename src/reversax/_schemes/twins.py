@@ -72,7 +72,8 @@ from .scheme import (
 def legs_of(span: Span, control: Control) -> Leg:
     """Those of (F1) and (F2), stacked."""
     t0, t1 = span.start, span.end
-    sign = np.array([1.0, -1.0], np.float32)
+    # Of the times' dtype, so that `through` has them in one array.
+    sign = np.array([1.0, -1.0], jnp.result_type(t0))
     both = jtu.tree_map(lambda *x: jnp.stack(x), control, in_direction(control, -1))
     return Leg(jnp.stack([t0, t1]), jnp.stack([t1, t0]), sign, both)
 

@@ -12,8 +12,9 @@ to the bit. So each evaluation is made a computation of its own:
   depend on an element of each, else what is unused would be pruned. (If there is much
   of it, in a branch that is not taken: each device may have a part.) What is merely an
   input, parameters above all, is not returned (that would copy it).
-- What of the residuals is not met on the way, as the cosine that a sine is pulled back
-  by, is made outside, by the backward pass alone: its bits do not matter to the state.
+- Of what is met as little is kept as can be, `residuals.py`. What follows from that,
+  and what is not met on the way, as the cosine that a sine is pulled back by, is made
+  outside, by the backward pass alone: its bits do not matter to the state.
 - In the branch, what is dear and needed several times is written to memory, for it to
   be evaluated once, `written.py`.
 - The pull-back has to wait for the evaluation: a compiler that is free to begin with

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
@@ -49,7 +50,7 @@ class Halves(NamedTuple):
     """A program in two: what its first results are made of, and the others."""
 
     first: Program
-    """Returns those results, and what is kept."""
+    """Returns those results, and what is kept: what is small in one array."""
     second: Program
     """Takes the arguments, and what was kept; returns the others."""
 
@@ -69,10 +70,49 @@ def halves_of(program: Program, number: int) -> Halves | None:
     second = behind(others, jaxpr.eqns, known)
     if not second:
         return None
-    return Halves(
+    halves = Halves(
         part_of(program, first, jaxpr.invars, [*results, *kept]),
         part_of(program, second, [*jaxpr.invars, *kept], others),
     )
+    return _with_small_together(halves, number)
+
+
+_SMALL = 64
+"""In bytes, of an array that takes as many however small it is."""
+
+
+def _with_small_together(halves: Halves, number: int) -> Halves:
+    """With one array of all that is kept and small, for each dtype."""
+    kept = halves.first.out_avals[number:]
+    of_dtype: dict[Any, list[int]] = {}
+    for i, x in enumerate(kept):
+        if bytes_of(x) < _SMALL:
+            of_dtype.setdefault(x.dtype, []).append(i)
+    groups = [group for group in of_dtype.values() if len(group) > 1]
+    if not groups:
+        return halves
+    alone = sorted({*range(len(kept))}.difference(*groups))
+    run, num_args = jax.extend.core.jaxpr_as_fun, len(halves.first.in_avals)
+
+    def first(*args):
+        out = run(halves.first)(*args)
+        results, kept = out[:number], out[number:]
+        flat = lambda group: [kept[i].reshape(-1) for i in group]
+        together = [jnp.concatenate(flat(group)) for group in groups]
+        return [*results, *(kept[i] for i in alone), *together]
+
+    def second(*args):
+        args, given = args[:num_args], args[num_args:]
+        found = dict(zip(alone, given, strict=False))
+        for group, x in zip(groups, given[len(alone) :], strict=True):
+            ends = np.cumsum([kept[i].size for i in group])
+            for i, part in zip(group, jnp.split(x, ends[:-1]), strict=True):
+                found[i] = part.reshape(kept[i].shape)
+        return run(halves.second)(*args, *(found[i] for i in range(len(kept))))
+
+    made = jax.make_jaxpr(first)(*halves.first.in_avals)
+    taken = *halves.first.in_avals, *made.out_avals[number:]
+    return Halves(made, jax.make_jaxpr(second)(*taken))
 
 
 def _kept(
