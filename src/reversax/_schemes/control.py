@@ -88,6 +88,11 @@ class Leg(NamedTuple):
         return times(self.factor, increment)
 
 
+def whole_leg(t0: Time, t1: Time, control: Control) -> Leg:
+    """Of a step, forwards."""
+    return Leg(t0, t1, np.ones((), jnp.result_type(t0)), control)
+
+
 def _unwrapped(term: dfx.AbstractTerm) -> tuple[dfx.AbstractTerm, Sign]:
     """A term as the user wrote it, and the direction that its time runs in."""
     if isinstance(term, WrapTerm):

@@ -42,7 +42,7 @@ from .._numbers.arithmetic import State, scaled
 from .._xla.closure import closed
 from .._xla.run_time import run_time_zero
 from .._xla.written import written_out
-from .control import Control, Leg, Time, controls_of, over_leg
+from .control import Control, Leg, Time, controls_of, over_leg, whole_leg
 from .problem import is_of_diffrax
 from .stages import written_from
 
@@ -120,7 +120,7 @@ class AbstractIncrement(eqx.Module):
 
     def of_no_length(self, t: Time, y: State) -> State:
         """`Psi` of a step of no length, which should be zero."""
-        leg = Leg(t, t, np.float32(1), self.contr(t, t))
+        leg = whole_leg(t, t, self.contr(t, t))
         return self.core(leg, y, extends=False).increment
 
     @abc.abstractmethod
@@ -335,7 +335,7 @@ class StepIncrement(AbstractIncrement):
     def close(self, t: Time, y: State) -> "StepIncrement":
         contr = closed(self.contr, t, t)
         control = eqx.filter_eval_shape(self.contr, t, t)
-        leg = Leg(t, t, np.float32(1), control)
+        leg = whole_leg(t, t, control)
         step = closed(self.step, leg, y)
         return StepIncrement(contr=contr, step=step, may_move=self.may_move)
 
