@@ -2,6 +2,7 @@
 
 import functools as ft
 import re
+from collections import Counter
 
 import diffrax as dfx
 import equinox as eqx
@@ -60,6 +61,17 @@ def number_of_kernels(lowered):
 )
 def test_a_small_solve_is_one_kernel_forward_and_one_back(options):
     assert number_of_kernels(gradient_of(pendulum, jnp.ones(2), **options)) == 2
+
+
+def test_a_kernel_returns_its_single_numbers_in_one_array_of_each_type():
+    """An array takes 64 bytes, and an address."""
+    text = gradient_of(pendulum, jnp.ones(2)).as_text()
+    kernels = re.findall(r"func private @one_kernel\w*\([^\n]*-> tuple<(.*)> {", text)
+    assert len(kernels) == 2
+    for returned in kernels:
+        numbers = Counter(re.findall(r"tensor<(\w+)>", returned))
+        assert max(numbers.values(), default=0) <= 1
+        assert re.search(r"tensor<\d+xi64>.*tensor<\d+xf64>", returned)
 
 
 def test_the_environment_switches_kernels_off(monkeypatch):

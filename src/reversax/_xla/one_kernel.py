@@ -182,8 +182,7 @@ def _lower(ctx, *values):
     if not _all_suit(call, table):
         return list(values)
     results = list(call.results)
-    kernel = _with_tuples(call, module.module)
-    elements = _elements(kernel.results[0], len(results))
+    elements = _with_tuples(call, module.module)
     return [elements[results.index(x)] for x in values]
 
 
@@ -193,22 +192,64 @@ def _elements(values: Any, number: int) -> list:
     return [stablehlo.get_tuple_element(values, at(i)) for i in range(number)]
 
 
-def _with_tuples(call: Any, module: Any) -> Any:
-    """A call of the same function by way of one that takes and returns a tuple, with
-    the attribute; the first is left unused, to be removed by the compiler."""
+def _with_tuples(call: Any, module: Any) -> list[Any]:
+    """The results of a call, with the attribute, of the same function by way of one
+    that takes and returns a tuple; the first call is left unused, to be removed by the
+    compiler."""
     operands, kinds = list(call.operands), [x.type for x in call.results]
+    numbers = _Numbers(kinds)
 
     def body(taken):
         inner = func.CallOp(
             kinds, call.attributes["callee"], _elements(taken, len(operands))
         )
-        return stablehlo.tuple(list(inner.results))
+        return stablehlo.tuple(numbers.together(list(inner.results)))
 
-    returned = ir.TupleType.get_tuple(kinds)
+    returned = ir.TupleType.get_tuple(numbers.kinds_together)
     taken = stablehlo.tuple(operands)
-    return marked_call(
+    kernel = marked_call(
         body, taken, returned, name="one_kernel", marks=ONE_KERNEL, module=module
     )
+    return numbers.apart(_elements(kernel.results[0], len(numbers.kinds_together)))
+
+
+class _Numbers:
+    """The single numbers among values of these types, in one array of each type: each
+    array has an address, and takes 64 bytes."""
+
+    def __init__(self, kinds: list[Any]):
+        self.kinds = [ir.RankedTensorType(kind) for kind in kinds]
+        places: dict[str, list[int]] = {}
+        for i, kind in enumerate(self.kinds):
+            if kind.rank == 0:
+                places.setdefault(str(kind), []).append(i)
+        self.groups = [group for group in places.values() if len(group) > 1]
+        self.alone = sorted({*range(len(kinds))}.difference(*self.groups))
+
+    def _of(self, group: list[int], length: int) -> Any:
+        return ir.RankedTensorType.get([length], self.kinds[group[0]].element_type)
+
+    @property
+    def kinds_together(self) -> list[Any]:
+        arrays = [self._of(group, len(group)) for group in self.groups]
+        return [*(self.kinds[i] for i in self.alone), *arrays]
+
+    def together(self, values: list[Any]) -> list[Any]:
+        flat = lambda group: [
+            stablehlo.reshape(self._of(group, 1), values[i]) for i in group
+        ]
+        arrays = [stablehlo.concatenate(flat(group), 0) for group in self.groups]
+        return [*(values[i] for i in self.alone), *arrays]
+
+    def apart(self, values: list[Any]) -> list[Any]:
+        out = dict(zip(self.alone, values, strict=False))
+        arrays = values[len(self.alone) :]
+        at = ir.DenseI64ArrayAttr.get
+        for group, array in zip(self.groups, arrays, strict=True):
+            for k, i in enumerate(group):
+                number = stablehlo.slice(array, at([k]), at([k + 1]), at([1]))
+                out[i] = stablehlo.reshape(self.kinds[i], number)
+        return [out[i] for i in range(len(self.kinds))]
 
 
 def marked_call(
