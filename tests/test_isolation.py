@@ -6,8 +6,6 @@ import jax.numpy as jnp
 import pytest
 
 import reversax as rvx
-from reversax._schemes import fields
-from reversax._xla import isolation
 from reversax._xla.isolation import evaluate_isolated
 
 WIDE = 64
@@ -84,47 +82,6 @@ def test_the_first_evaluation_has_its_bits_where_times_are_numbers_known_beforeh
 
     ct = jax.block_until_ready(jax.jit(jax.grad(loss))(jnp.ones(5)))
     assert jnp.isfinite(ct).all()  # The certificate raises if a bit was off.
-
-
-class Squared(dfx.ODETerm):
-    """Whose control has a product in it, of which a sum is taken."""
-
-    def contr(self, t0, t1, **kwargs):
-        return t1 - t0 + t0 * t1
-
-
-@pytest.mark.parametrize("times", [(0.0, 1.0, 0.1), (1.0, 0.0, -0.1)], ids=str)
-@pytest.mark.parametrize(
-    ("term", "controls"),
-    [
-        (dfx.ODETerm(lambda t, y, a: -a * y), 0),
-        (Squared(lambda t, y, a: -a * y), 1),
-        (dfx.ControlTerm(lambda t, y, a: -a * y, lambda t0, t1: t1**2 - t0**2), 1),
-    ],
-    ids=["a-difference-of-times", "with-a-product", "of-a-path"],
-)
-def test_a_control_is_isolated_unless_it_is_a_difference_of_times(
-    term, controls, times, monkeypatch
-):
-    isolated, evaluate = [], isolation.evaluate_isolated
-
-    def noted(fn, x, rest, run_time):
-        evaluation = evaluate(fn, x, rest, run_time)
-        isolated.append(evaluation.value)
-        return evaluation
-
-    monkeypatch.setattr(fields, "evaluate_isolated", noted)
-
-    def loss(a):
-        known = dict(adjoint=rvx.ReversibleAdjoint(), max_steps=16)
-        solver = rvx.Reversible(dfx.Euler())
-        return dfx.diffeqsolve(term, solver, *times, jnp.ones(3), a, **known).ys.sum()
-
-    ct = jax.grad(loss)(0.5)
-    assert jnp.isfinite(ct)  # The certificate raises if a bit was off.
-    of_states = [x for x in isolated if jax.tree.leaves(x)[0].shape == (3,)]
-    # Of both passes.
-    assert len(of_states) >= 2 and len(isolated) == len(of_states) + 2 * controls
 
 
 def test_of_a_stencil_what_it_gives_is_kept_and_not_what_it_reads():

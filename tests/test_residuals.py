@@ -210,13 +210,71 @@ def test_of_what_is_small_there_is_one_array_of_each_dtype():
     assert_halves_make_the_whole(program, halves, 1, jnp.linspace(0.1, 1, 20))
 
 
+def largest(a, y):
+    return jnp.max(a * y + 0.3) * jnp.ones_like(y) - y
+
+
+def of_the_largest(a, y):
+    return jnp.tanh(jnp.min(a * y - 0.1 * y**2) / jnp.max(a / (2 + y))) * y
+
+
+@jax.custom_vjp
+def gated(x):
+    return jnp.max(x) * jnp.ones_like(x)
+
+
+def gated_fwd(x):
+    return gated(x), (x, jnp.max(x))
+
+
+def gated_bwd(kept, ct):
+    x, largest = kept
+    return (jnp.where(x == largest, ct.sum(), 0),)  # Zero if a bit is off.
+
+
+gated.defvjp(gated_fwd, gated_bwd)
+
+
+def of_own_rule(a, y):
+    return gated(a * y + 0.3 * y**3) - y
+
+
+@pytest.mark.parametrize("kernels", ["1", "0"], ids=["one-kernel", "none"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["f32", "f64"])
+@pytest.mark.parametrize("size", [5, 300])
+@pytest.mark.parametrize("field", [largest, of_the_largest, of_own_rule])
+@pytest.mark.usefixtures("optimised")
+def test_numbers_that_are_compared_with_those_kept_have_their_bits(
+    field, size, dtype, kernels, monkeypatch
+):
+    """The slope of a maximum is where a number equals it: of one that is made again
+    and is off by a bit, nowhere."""
+    monkeypatch.setenv("REVERSAX_ONE_KERNEL", kernels)
+    draw = lambda i: jax.random.uniform(jax.random.key(i), (size,), dtype, -1, 1)
+    y0, a = draw(0), draw(1)
+
+    def loss(a, y0, adjoint):
+        term = dfx.ODETerm(lambda t, y, a: field(a, y))
+        known = dict(adjoint=adjoint, max_steps=8)
+        solver = rvx.Reversible(dfx.Bosh3())
+        return dfx.diffeqsolve(term, solver, 0.0, 0.5, 0.1, y0, a, **known).ys.sum()
+
+    gradient = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)
+    ours = gradient(a, y0, rvx.ReversibleAdjoint())
+    direct = gradient(a, y0, dfx.DirectAdjoint())
+    tolerance = 1e-12 if dtype == jnp.float64 else 3e-4  # Round-off.
+    for x, z in zip(ours, direct, strict=True):
+        np.testing.assert_allclose(x, z, rtol=tolerance, atol=tolerance)
+
+
 def attraction(t, y, args):
     q, p = y[:2], y[2:]
-    return jnp.concatenate([p, -args * q / ((q @ q) * jnp.sqrt(q @ q))])
+    square = q[0] ** 2 + q[1] ** 2
+    return jnp.concatenate([p, -args * q / (square * jnp.sqrt(square))])
 
 
 def layers(weights, y):
-    through = lambda y, w: (jnp.tanh(w @ y) * 2 + y * y, None)
+    through = lambda y, w: (jnp.tanh(w @ y) + y, None)
     return jax.lax.scan(through, y, weights)[0]
 
 

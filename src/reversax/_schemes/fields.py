@@ -18,7 +18,6 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Int, PyTree
 
 from .._numbers.arithmetic import State
-from .._xla.closure import Closed
 from .._xla.isolation import (
     Evaluation,
     Function,
@@ -27,7 +26,7 @@ from .._xla.isolation import (
     evaluate_with_residuals,
     pull_back_again,
 )
-from .._xla.programs import bytes_of, equations_of
+from .._xla.programs import bytes_of
 from .._xla.run_time import run_time_zero
 from .control import Control, Leg, Time
 from .increment import AbstractIncrement, Advance, Core
@@ -96,8 +95,7 @@ class Fields(eqx.Module):
         if not self.isolated:
             return increment.core(leg, y, extends=extends)
         if increment.is_certain(leg.which):
-            core = increment.core(leg, y, extends=extends)
-            return core._replace(increment=_rounded(core.increment, leg.end))
+            return _rounded(increment.core(leg, y, extends=extends), leg)
         evaluation = _of_lane(self, "evaluate", leg, y)
         (increment, inexact), (other, result) = evaluation.value, evaluation.other
         return Core(increment, eqx.combine(inexact, other), result)
@@ -120,24 +118,20 @@ class Fields(eqx.Module):
         `times` is the pair `(t0, t1)`, or nothing if they are not differentiated.
         """
 
-        times = jnp.asarray(t0), jnp.asarray(t1)
-        certain = self.isolated and _is_certain(self.nondiff.contr)
-
         def fn(x, rest):
             (diff, times), (nondiff, fixed_times) = x, rest
             contr = eqx.combine(diff, nondiff)
             control = contr(*(fixed_times if times is None else times))
-            if certain:
-                control = _rounded(control, t1)
             return eqx.partition(control, eqx.is_inexact_array)
 
+        times = jnp.asarray(t0), jnp.asarray(t1)
         varied, fixed = (times, None) if self.times else (None, times)
         x, rest = (self.diff.contr, varied), (self.nondiff.contr, fixed)
         axes = _MAPPED, _MAPPED
         if self.axes is not None:
             of_diff, of_nondiff = self.axes
             axes = (of_diff.contr, _MAPPED), (of_nondiff.contr, _MAPPED)
-        run_time = times[1] if self.isolated and not certain else None
+        run_time = times[1] if self.isolated else None
         return self._call(fn, x, rest, axes).evaluate(run_time)
 
     def evaluate(self, leg: Leg, y: State, *, keeps: bool = False) -> Evaluation:
@@ -154,7 +148,7 @@ class Fields(eqx.Module):
 
     def pull_back_again(self, leg: Leg, y: State, residuals: list[Array]) -> Evaluation:
         """What `evaluate(leg, y, keeps=True)` returned, but for the value."""
-        return pull_back_again(*self._core_call(leg, y), residuals)
+        return pull_back_again(*self._core_call(leg, y), residuals, leg.end)
 
     def _core_call(self, leg: Leg, y: State) -> "_Call":
         extends, lanes = self.error or self.dense, self._number_of_lanes(leg)
@@ -165,7 +159,7 @@ class Fields(eqx.Module):
             increment, leg = eqx.combine(diff, nondiff), eqx.combine(varied, fixed)
             core = increment.core(leg, y, extends=extends, lanes=lanes)
             if certain:
-                core = core._replace(increment=_rounded(core.increment, leg.end))
+                core = _rounded(core, leg)
             inexact, other = eqx.partition(core.rest, eqx.is_inexact_array)
             if not self.dense:
                 inexact, other = None, core.rest
@@ -212,20 +206,6 @@ class Fields(eqx.Module):
         return _Call(fn, x, rest)
 
 
-_CERTAIN = frozenset({"sub", "mul", "neg", "eq", "select_n", "convert_element_type"})
-
-
-def _is_certain(contr: Any) -> bool:
-    """Whether a control is a difference of times, with a sign: of operations that have
-    the same bits wherever they stand, once the product that is returned is rounded."""
-    if not isinstance(contr, Closed):
-        return False
-    equations = [x for x in equations_of(contr.program) if x.primitive.name != "jit"]
-    products = [x.outvars[0] for x in equations if x.primitive.name == "mul"]
-    returned = all(x in contr.program.outvars for x in products)
-    return returned and {x.primitive.name for x in equations} <= _CERTAIN
-
-
 class _Call(NamedTuple):
     """A function, of all lanes if there are any, and what it is to be called with."""
 
@@ -242,11 +222,11 @@ class _Call(NamedTuple):
         return evaluation if keeps else evaluation._replace(residuals=None)
 
 
-def _rounded(tree: PyTree[Array], time: Time) -> PyTree[Array]:
-    """Numbers rounded by themselves, whatever is done with them, (P) of `rounding.py`.
-    `time` is known at run time only."""
-    zero = run_time_zero(jnp.asarray(time))
-    return jtu.tree_map(lambda x: x + zero.astype(x.dtype), tree)
+def _rounded(core: Core, leg: Leg) -> Core:
+    """Its increment rounded by itself, whatever is done with it."""
+    zero = run_time_zero(jnp.asarray(leg.end))
+    rounded = lambda x: x + zero.astype(x.dtype)
+    return core._replace(increment=jtu.tree_map(rounded, core.increment))
 
 
 def _of_lane(fields: Fields, method: str, *args) -> Evaluation:

@@ -41,7 +41,7 @@ from jaxtyping import Array, PyTree
 from .compat import CHECKPOINT
 from .one_kernel import is_complex, keeps_out_of_kernels
 from .programs import bytes_of, equations_of, plain
-from .residuals import COSTS_NOTHING, halves_of
+from .residuals import CERTAIN, halves_of
 from .rounding import with_rounded_products
 from .run_time import nothing_like, run_time_zero
 from .written import is_dear, with_dear_written, written_out
@@ -69,7 +69,7 @@ def evaluate(fn: Function, x: PyTree[Array], rest: PyTree) -> Evaluation:
 
 
 def _worth_keeping(primitive, *_, **__) -> bool:
-    return primitive.name not in COSTS_NOTHING
+    return primitive.name not in CERTAIN
 
 
 def _thrifty(fn: Function) -> Function:
@@ -104,17 +104,14 @@ def evaluate_isolated(
     program = _program_of(fn, x, rest)
     zero = run_time_zero(run_time)
     in_kernel = program.suits_kernels
-    compute = _computing(program.jaxpr, in_kernel=in_kernel)
+    rounds = in_kernel or program.second is not None
+    compute = _computing(program.jaxpr, in_kernel=in_kernel, rounds=rounds)
     nothing = lambda *_: [nothing_like(x) for x in program.jaxpr.out_avals]
     new = lax.cond(zero > -1, compute, nothing, zero, *program.operands)
     many = program.bytes_of_residuals >= _MANY_BYTES
     needing = _zero_that_needs(new, zero, in_branch=many)
     new = _with_first_plus(needing, new)
-    if in_kernel and program.second is not None and is_dear(program.second):
-        called = lambda second: ft.partial(_residuals, second, zero)
-        evaluation = program.evaluation(new, called)
-    else:
-        evaluation = program.evaluation(new)
+    evaluation = program.evaluation(new, zero)
     if not many:
         return evaluation
     return evaluation._replace(pull=jtu.Partial(_pull_after, evaluation.pull, needing))
@@ -125,25 +122,28 @@ _LARGE = 256
 something dear, where it is not written within a kernel."""
 
 
-def _computing(program: Any, *, in_kernel: bool) -> Callable[..., list[Array]]:
-    """What a branch is to compute, of a zero and the operands."""
+def _computing(
+    program: Any, *, in_kernel: bool, rounds: bool
+) -> Callable[..., list[Array]]:
+    """What a branch is to compute, of a zero and the operands; with products rounded
+    by themselves, if it `rounds`."""
     written = with_dear_written(program, 1 if in_kernel else _LARGE)
     if written is not None:
-        if in_kernel:
+        if rounds:
             return lambda zero, *xs: with_rounded_products(written, zero, [zero, *xs])
         return jax.extend.core.jaxpr_as_fun(written)
-    if in_kernel:
+    if rounds:
         return lambda zero, *xs: with_rounded_products(program, zero, xs)
     return lambda zero, *xs: jax.extend.core.jaxpr_as_fun(program)(*xs)
 
 
-def _residuals(program: Any, zero: Array, *args: Array) -> list[Array]:
+def _residuals(program: Any, zero: Array, args: Sequence[Array]) -> list[Array]:
     """What `program` makes of arguments, written to memory. In one kernel it would
     share what it can with the results, whose products are then others that are needed
     once; of arguments times one it can share nothing."""
     is_real = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
     times_one = lambda x: x * (1 + zero).astype(x.dtype) if is_real(x) else x
-    residuals = jax.extend.core.jaxpr_as_fun(program)(*map(times_one, args))
+    residuals = with_rounded_products(program, zero, [*map(times_one, args)])
     return written_out(residuals, zero)
 
 
@@ -157,18 +157,22 @@ def evaluate_with_residuals(fn: Function, x: PyTree[Array], rest: PyTree) -> Eva
     """`evaluate(fn, x, rest)`, with its residuals."""
     program = _program_of(fn, x, rest)
     new = jax.extend.core.jaxpr_as_fun(program.jaxpr)(*program.operands)
-    return program.evaluation(new)
+    return program.evaluation(new, jnp.zeros(()))
 
 
 def pull_back_again(
-    fn: Function, x: PyTree[Array], rest: PyTree, residuals: list[Array]
+    fn: Function,
+    x: PyTree[Array],
+    rest: PyTree,
+    residuals: list[Array],
+    run_time: Array,
 ) -> Evaluation:
-    """The pull-back of `evaluate_isolated(fn, x, rest, ...)`, or of
+    """The pull-back of `evaluate_isolated(fn, x, rest, run_time)`, or of
     `evaluate_with_residuals(fn, x, rest)`, from the residuals of that: nothing is
     evaluated. The value is not known, only what it looks like."""
     program = _program_of(fn, x, rest)
     results = [jnp.zeros(x.shape, x.dtype) for x in program.results]
-    return program.evaluation([*results, *residuals])
+    return program.evaluation([*results, *residuals], run_time_zero(run_time))
 
 
 class _Program(NamedTuple):
@@ -217,13 +221,13 @@ class _Program(NamedTuple):
         kept = self.jaxpr.jaxpr.outvars[len(self.results) :]
         return any(id(x) in made for x in kept)
 
-    def evaluation(
-        self, new: Sequence[Array], called: Callable = jax.extend.core.jaxpr_as_fun
-    ) -> Evaluation:
-        """Of what was computed; `called` makes a function of a program."""
+    def evaluation(self, new: Sequence[Array], zero: Array) -> Evaluation:
+        """Of what was computed. `zero` is not known before run time."""
         computed, number = iter(new), len(self.results)
         if self.second is not None:
-            rest = called(self.second)(*self.operands, *new[number:])
+            dear = self.suits_kernels and is_dear(self.second)
+            made = _residuals if dear else with_rounded_products
+            rest = made(self.second, zero, [*self.operands, *new[number:]])
             computed = iter([*new[:number], *rest])
         leaves = [
             _from_raw(next(computed), kind) if i is None else self.operands[i]

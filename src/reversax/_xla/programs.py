@@ -19,6 +19,16 @@ NOT_FUSED = {
 """What is not fused with what follows."""
 
 
+DEAR = frozenset(
+    {
+        *("exp", "exp2", "expm1", "log", "log1p", "tanh", "logistic", "pow", "cbrt"),
+        *("sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh"),
+        *("asinh", "acosh", "atanh", "erf", "erfc", "erf_inv", "lgamma", "digamma"),
+    }
+)
+"""What takes several times as long as to write a number and to read it again."""
+
+
 def programs_in(equation: Any) -> list[Any]:
     """The programs inside an equation."""
     is_jaxpr = lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")

@@ -4,7 +4,10 @@ A program returns results and residuals, what results are pulled back with. It i
 divided in two, of which the first makes the results and keeps some of what it meets on
 the way, and the second makes the residuals of the arguments and of what was kept, in
 the backward pass alone. What follows from arguments, or from what is kept, by
-operations that cost next to nothing need not be kept.
+operations that cost next to nothing need not be kept. It has the bits that it had: a
+function may compare what it keeps, a maximum say with the numbers that it is one of. So
+products are rounded by themselves in both halves, (P) of `rounding.py`, and sums of
+several numbers, which compilers take in any order, are kept.
 
 Which set of arrays has the fewest bytes is the problem of a minimum cut: in the graph
 of the arrays, in which each is a vertex of a capacity
@@ -27,23 +30,33 @@ import numpy as np
 import scipy.sparse
 import scipy.sparse.csgraph
 
-from .programs import Program, behind, bytes_of, part_of
+from .programs import DEAR, Program, behind, bytes_of, part_of
 
 _SHORT = 16
 """Along an axis that is shorter numbers are told apart, and no neighbours are read."""
 
-COSTS_NOTHING = frozenset(
+CERTAIN = frozenset(
     {
-        *("add", "sub", "neg", "sign", "abs", "square", "integer_pow", "max", "min"),
-        *("mul", "div", "sqrt", "rsqrt", "add_any", "clamp", "rem", "floor", "round"),
-        *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "select_n"),
+        *("add", "sub", "neg", "abs", "max", "min", "add_any", "and", "or", "not"),
+        *("eq", "ne", "lt", "le", "gt", "ge", "sign", "select_n", "is_finite"),
         *("broadcast_in_dim", "expand_dims", "reshape", "squeeze", "transpose"),
-        *("convert_element_type", "copy", "real", "imag", "complex", "conj", "iota"),
-        *("stop_gradient", "is_finite"),
+        *("convert_element_type", "copy", "real", "imag", "conj", "iota"),
     }
 )
+"""What costs nothing, and has the same bits wherever it is made of the same numbers."""
 
-_COSTS_NOTHING_OF_FEW = {"slice", "concatenate", "pad", "reduce_sum", "dot_general"}
+_ROUNDED = frozenset({"mul", "div", "sqrt", "square", "integer_pow"})
+"""What costs nothing either, and has the same bits if products are rounded, (P)."""
+
+_OF_FEW = frozenset({"slice", "concatenate", "pad"})
+"""What costs nothing of few numbers."""
+
+_COMPARED = frozenset({"eq", "ne", "lt", "le", "gt", "ge", "sign", "is_finite"})
+
+_SUMS = frozenset({"reduce_sum", "dot_general", "conv_general_dilated", "cumsum"})
+
+_CONTINUOUS = (CERTAIN | _ROUNDED | _OF_FEW | _SUMS | DEAR) - _COMPARED
+"""What makes of numbers that are an ulp off numbers that are some ulps off."""
 
 
 class Halves(NamedTuple):
@@ -68,13 +81,12 @@ def halves_of(program: Program, number: int) -> Halves | None:
         return None
     known = {id(x) for x in [*jaxpr.constvars, *jaxpr.invars, *kept]}
     second = behind(others, jaxpr.eqns, known)
-    if not second:
-        return None
     halves = Halves(
         part_of(program, first, jaxpr.invars, [*results, *kept]),
         part_of(program, second, [*jaxpr.invars, *kept], others),
     )
-    return _with_small_together(halves, number)
+    together = _with_small_together(halves, number)
+    return together if second or together is not halves else None
 
 
 _SMALL = 64
@@ -124,15 +136,19 @@ def _kept(
     in_first = set(map(id, first))
     made = [(x, e) for e in equations for x in e.outvars]
     at = {id(x): i for i, (x, _) in enumerate(made)}
-    costs = [_cost(x) if id(e) in in_first else math.inf for x, e in made]
+    of_first = {i for i, (_, e) in enumerate(made) if id(e) in in_first}
+    costs = [_cost(x) if i in of_first else math.inf for i, (x, _) in enumerate(made)]
     # Vertex `i` is an edge from `2*i` to `2*i + 1`.
     source, sink = 2 * len(made), 2 * len(made) + 1
     edges = [(2 * i, 2 * i + 1, cost) for i, cost in enumerate(costs)]
     for i, (_, equation) in enumerate(made):
+        before = {at[id(x)] for x in equation.invars if id(x) in at}
+        if id(equation) not in in_first and not _is_continuous(equation):
+            # As where a maximum is compared with all of which it is one.
+            edges += [(source, 2 * j, math.inf) for j in before & of_first]
         if id(equation) in in_first and not _costs_nothing(equation):
             edges.append((source, 2 * i, math.inf))
             continue
-        before = {at[id(x)] for x in equation.invars if id(x) in at}
         edges += [(2 * j + 1, 2 * i, math.inf) for j in before]
     asked_for = {at[id(x)] for x in asked if id(x) in at}
     edges += [(2 * i + 1, sink, math.inf) for i in asked_for]
@@ -176,23 +192,32 @@ def _cost(x: Any) -> float:
     return 1 + -(-bytes_of(x.aval) // 64)
 
 
-def _costs_nothing(equation: Any) -> bool:
-    name, params = equation.primitive.name, equation.params
-    if name in COSTS_NOTHING:
+def _is_continuous(equation: Any) -> bool:
+    """Whether it may be made of numbers that have other bits than in the first half."""
+    (*before, after) = [x.aval.dtype for x in (*equation.invars, equation.outvars[0])]
+    is_number = [jnp.issubdtype(x, jnp.inexact) for x in before]
+    if not any(is_number):
         return True
-    if name not in _COSTS_NOTHING_OF_FEW:
+    stays = jnp.issubdtype(after, jnp.inexact)
+    return stays and equation.primitive.name in _CONTINUOUS
+
+
+def _costs_nothing(equation: Any) -> bool:
+    """Whether it may be made again, of what has been made again."""
+    name, params = equation.primitive.name, equation.params
+    if not _is_continuous(equation):
         return False
-    (out,), operand = equation.outvars, equation.invars[0].aval
+    out = equation.outvars[0].aval
+    if name in _ROUNDED:
+        return not jnp.issubdtype(out.dtype, jnp.complexfloating)
+    if name not in _OF_FEW:
+        return name in CERTAIN
+    operand = equation.invars[0].aval
     if name == "slice":
         limits = zip(params["start_indices"], params["limit_indices"], strict=True)
         lengths = zip(operand.shape, limits, strict=True)
         return all(n < _SHORT for n, (a, b) in lengths if b - a < n)
     if name == "concatenate":
-        return out.aval.shape[params["dimension"]] < _SHORT
-    if name == "pad":
-        lengths = zip(operand.shape, params["padding_config"], strict=True)
-        return all(n < _SHORT for n, config in lengths if any(config))
-    if name == "reduce_sum":
-        return all(operand.shape[i] < _SHORT for i in params["axes"])
-    sizes = [x.aval.size for x in equation.invars]
-    return out.aval.size < _SHORT and max(sizes) < _SHORT**2
+        return out.shape[params["dimension"]] < _SHORT
+    lengths = zip(operand.shape, params["padding_config"], strict=True)
+    return all(n < _SHORT for n, config in lengths if any(config))

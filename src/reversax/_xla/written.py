@@ -19,7 +19,7 @@ from jaxtyping import Array, PyTree
 
 from .compat import NOT_INLINED, compiles_small_calls, number_of_devices
 from .one_kernel import marked_call
-from .programs import NOT_FUSED, Program, equations_of, evaluated
+from .programs import DEAR, NOT_FUSED, Program, equations_of, evaluated
 from .run_time import nothing_like
 
 _written_p = jax.extend.core.Primitive("written")
@@ -81,19 +81,9 @@ def written_out(tree: PyTree[Array], zero: Array) -> PyTree[Array]:
     return jtu.tree_map(lambda x: _written_p.bind(x, zero), tree)
 
 
-_DEAR = frozenset(
-    {
-        *("exp", "exp2", "expm1", "log", "log1p", "tanh", "logistic", "pow", "cbrt"),
-        *("sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh"),
-        *("asinh", "acosh", "atanh", "erf", "erfc", "erf_inv", "lgamma", "digamma"),
-    }
-)
-"""What takes several times as long as to write a number and to read it again."""
-
-
 def is_dear(program: Program) -> bool:
     """Whether anything in it is."""
-    return any(x.primitive.name in _DEAR for x in equations_of(program.jaxpr))
+    return any(x.primitive.name in DEAR for x in equations_of(program.jaxpr))
 
 
 def _dear_in(jaxpr: Any, least: int) -> set[int]:
@@ -107,7 +97,7 @@ def _dear_in(jaxpr: Any, least: int) -> set[int]:
         fused = name not in NOT_FUSED and any(
             id(x) in following for x in equation.invars
         )
-        if name not in _DEAR and not fused:
+        if name not in DEAR and not fused:
             continue
         for x in equation.outvars:
             often = reads[id(x)] > 1 and x.aval.size >= least
