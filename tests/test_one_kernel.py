@@ -106,6 +106,12 @@ def test_an_exported_program_has_no_kernels():
         ),
         pytest.param(lambda t, y, a: a * y - y.mean(), (4096,), id="a-large-sum"),
         pytest.param(lambda t, y, a: a * y, (50_000,), id="a-large-state"),
+        # Together they have other bits in one pass than in the other.
+        pytest.param(
+            lambda t, y, a: jnp.full((4, 4), a) @ y - y[jnp.array([1, 0, 3, 2])] * y,
+            (4,),
+            id="product-and-gather",
+        ),
     ],
 )
 def test_what_a_kernel_cannot_have_or_is_better_elsewhere_is_compiled_as_ever(
@@ -209,6 +215,7 @@ def test_functions_of_a_kernel_have_the_same_bits_in_arrays_of_any_length(dtype)
             np.testing.assert_array_equal(a[:length], b)
 
 
+MATRIX = np.random.default_rng(0).standard_normal((4, 4)) / 2
 FIELDS = {
     "lorenz": lambda t, y, a: jnp.stack(
         [10 * (y[1] - y[0]), y[0] * (28 - y[2]) - y[1], y[0] * y[1] - a * y[2]]
@@ -221,6 +228,9 @@ FIELDS = {
     "waves": lambda t, y, a: (
         jnp.tanh(y) * jnp.cos(t * a) + 0.1 * y * jnp.roll(y, 1) - y / (1 + y * y)
     ),
+    "permuted": lambda t, y, a: (
+        jnp.tanh(MATRIX @ y + t) * a - y[jnp.array([1, 0, 3, 2])] * jnp.cos(y)
+    ),
     "network": lambda t, y, a: (
         jnp.tanh(jnp.tanh(y @ jnp.full((4, 8), 0.3) * a + y[0]) @ jnp.full((8, 4), 0.2))
         - y
@@ -232,6 +242,7 @@ SIZES = {"lorenz": 3}
 DAILY = {
     ("lorenz", False, "Dopri8"),
     ("waves", True, "Heun"),
+    ("permuted", False, "Heun"),
 }
 BITS = [
     pytest.param(

@@ -21,7 +21,8 @@ to the bit. So each evaluation is made a computation of its own:
   what both do not share keeps the buffers of the one beside those of the other.
 - In the branch, products are rounded by themselves, `rounding.py`. Where a loop is one
   kernel, `one_kernel.py`, the branch is compiled with all that stands around it, and
-  whether a product is contracted with a sum depends on what else needs it.
+  whether a product is contracted with a sum depends on what else needs it. So it is
+  where numbers are made again, which are to have the bits that they had.
 - Under `vmap` the predicate stays a single one; a batched conditional would become a
   selection, which isolates nothing.
 """

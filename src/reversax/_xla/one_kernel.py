@@ -61,6 +61,10 @@ _ALLOWED = frozenset(
     for name in names.split()
 )
 
+_NOT_TOGETHER = {"stablehlo.dot_general", "stablehlo.gather"}
+"""Beside a gather the product of a matrix and a vector has other bits in one pass than
+in the other."""
+
 _MOST_BYTES = 2**17
 """Of an array that is computed in a loop."""
 _MOST_BYTES_REDUCED = 2**13
@@ -157,10 +161,12 @@ def _callee(call: Any) -> str:
 def _all_suit(call: Any, table: Any) -> bool:
     name = _callee(call)
     operations = _operations_of(table[name].operation, table, {name})
+    names = set()
     for number, operation in enumerate(operations):
         if number >= _MOST_OPERATIONS or not _suits(operation):
             return False
-    return True
+        names.add(operation.name)
+    return not names >= _NOT_TOGETHER
 
 
 def _call_of(values: tuple) -> Any:
