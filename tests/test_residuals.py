@@ -239,9 +239,18 @@ def of_own_rule(a, y):
     return gated(a * y + 0.3 * y**3) - y
 
 
-@pytest.mark.parametrize("kernels", ["1", "0"], ids=["one-kernel", "none"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["f32", "f64"])
-@pytest.mark.parametrize("size", [5, 300])
+DAILY = {(5, jnp.float64, True), (300, jnp.float32, False)}
+COMPARED = [
+    pytest.param(
+        *case,
+        id=f"{case[0]}-{case[1].__name__}-{'one-kernel' if case[2] else 'none'}",
+        marks=() if case in DAILY else pytest.mark.heavy,
+    )
+    for case in itertools.product((5, 300), (jnp.float32, jnp.float64), (True, False))
+]
+
+
+@pytest.mark.parametrize(("size", "dtype", "kernels"), COMPARED)
 @pytest.mark.parametrize("field", [largest, of_the_largest, of_own_rule])
 @pytest.mark.usefixtures("optimised")
 def test_numbers_that_are_compared_with_those_kept_have_their_bits(
@@ -249,7 +258,7 @@ def test_numbers_that_are_compared_with_those_kept_have_their_bits(
 ):
     """The slope of a maximum is where a number equals it: of one that is made again
     and is off by a bit, nowhere."""
-    monkeypatch.setenv("REVERSAX_ONE_KERNEL", kernels)
+    monkeypatch.setenv("REVERSAX_ONE_KERNEL", str(int(kernels)))
     draw = lambda i: jax.random.uniform(jax.random.key(i), (size,), dtype, -1, 1)
     y0, a = draw(0), draw(1)
 
