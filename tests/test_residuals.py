@@ -98,11 +98,11 @@ def assert_nothing_smaller_would_do(operations, asked):
         assert sum(bytes_with_address(x.aval) for x in kept) == least
         return
     assert_halves_make_the_whole(program, halves, 1, NUMBERS)
-    # What is small is in one array.
-    single = [x for x in halves.first.out_avals[1:] if x.size == NUMBERS.size]
-    numbers = [1] * sum(x.size for x in halves.first.out_avals[1:] if x.size < 20)
-    of = [*map(bytes_with_address, single), *(128 for _ in numbers)]
-    assert sum(of) == least
+    kept = halves.first.out_avals[1:]
+    arrays = [x for x in kept if x.size == NUMBERS.size]
+    # The others are single numbers in one array, each of which counts as one.
+    numbers = sum(x.size for x in kept) - len(arrays) * NUMBERS.size
+    assert sum(map(bytes_with_address, arrays)) + 128 * numbers == least
 
 
 def bytes_with_address(aval):
