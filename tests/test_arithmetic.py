@@ -18,6 +18,7 @@ import reversax as rvx
 
 FIXED = rvx.FixedPoint()
 HALVE = jax.jit(FIXED.halve_gap)
+SHED = jax.jit(FIXED.shed_bits)
 DOUBLE = jax.jit(
     lambda y, z, number, bits: FIXED.double_gap(y, z, number, lambda: bits)
 )
@@ -108,10 +109,10 @@ def test_a_halved_gap_is_doubled_to_the_bit_with_the_bits_it_shed(
     dtype, data, halvings
 ):
     y, z = (FIXED.encode(jnp.asarray(data.draw(arrays(dtype)))) for _ in range(2))
-    bits = FIXED.shed_bits(y, z, halvings)
-    shed_bits = lambda: bits
+    number = jnp.uint32(halvings)
+    bits = SHED(y, z, number)
     assert bits.dtype == jnp.uint32
-    halved = FIXED.halve_gap(y, z, halvings)
+    halved = HALVE(y, z, number)
     of_all = zip(*map(integers, (y, z, *halved)), bits.tolist(), strict=True)
     for a, b, c, d, shed in of_all:
         # (H1), (H2), in integers without end. The mean stays.
@@ -119,20 +120,49 @@ def test_a_halved_gap_is_doubled_to_the_bit_with_the_bits_it_shed(
         assert shed == g % 2**halvings
         assert a + b == c + d
         assert c - d == (a - b) % 2 + 2 * (g >> halvings)
-    again = FIXED.double_gap(*halved, halvings, shed_bits)
+    again = DOUBLE(*halved, number, bits)
     for new, old in zip(again, (y, z), strict=True):
         assert integers(new) == integers(old)
         assert jnp.array_equal(FIXED.decode(new), FIXED.decode(old))
-    # It is the same if their number is not known before run time; and each bit matters.
-    number = jnp.uint32(halvings)
-    at_run_time = HALVE(y, z, number)
-    assert [*map(integers, at_run_time)] == [*map(integers, halved)]
-    again = DOUBLE(*halved, number, bits)
-    assert [*map(integers, again)] == [integers(y), integers(z)]
+    # Each bit matters.
     for k in {0, halvings - 1} if halvings else ():
-        flipped = bits ^ jnp.uint32(2**k)
-        wrong = FIXED.double_gap(*halved, halvings, lambda flipped=flipped: flipped)
+        wrong = DOUBLE(*halved, number, bits ^ jnp.uint32(2**k))
         assert integers(wrong[0]) != integers(y)
+
+
+def _random_gap(dtype, *shape):
+    numbers = np.random.default_rng(0).standard_normal((2, *shape)).astype(dtype)
+    return [FIXED.encode(jnp.asarray(x)) for x in numbers]
+
+
+@by_dtype
+@pytest.mark.parametrize("halvings", [0, 1, 4, 30])
+def test_halvings_known_beforehand_are_those_of_a_number_at_run_time(dtype, halvings):
+    y, z = _random_gap(dtype, 5)
+    number, bits = jnp.uint32(halvings), FIXED.shed_bits(y, z, halvings)
+    halved = FIXED.halve_gap(y, z, halvings)
+    at_run_time = HALVE(y, z, number)
+    assert [*map(integers, halved)] == [*map(integers, at_run_time)]
+    again = FIXED.double_gap(*halved, halvings, lambda: bits)
+    assert [*map(integers, again)] == [integers(y), integers(z)]
+
+
+@by_dtype
+@pytest.mark.parametrize("size", [3, 300])
+def test_a_lane_without_halvings_keeps_its_numbers_beside_one_that_halves(dtype, size):
+    """Few numbers, and so many that leaving them is worth a conditional."""
+    y, z = _random_gap(dtype, 3, size)
+    for numbers in [0, 0, 0], [0, 3, 1]:
+        number = jnp.asarray(numbers, jnp.uint32)
+        bits = jax.vmap(SHED)(y, z, number)
+        halved = jax.jit(jax.vmap(HALVE))(y, z, number)
+        for i, halvings in enumerate(numbers):
+            alone = [jax.tree.map(lambda x, i=i: x[i], code) for code in (y, z)]
+            expected = FIXED.halve_gap(*alone, halvings) if halvings else alone
+            found = [jax.tree.map(lambda x, i=i: x[i], code) for code in halved]
+            assert [*map(integers, found)] == [*map(integers, expected)]
+        again = jax.jit(jax.vmap(DOUBLE))(*halved, number, bits)
+        assert [*map(integers, again)] == [integers(y), integers(z)]
 
 
 @quickly

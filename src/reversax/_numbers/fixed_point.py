@@ -267,7 +267,7 @@ def _where_any(
     zs = jtu.tree_leaves(z, is_leaf=_is_number)
     words = [[y.high, y.low, z.high, z.low] for y, z in zip(ys, zs, strict=True)]
 
-    def moved() -> list[list[Array]]:
+    def moved(words: list[list[Array]]) -> list[list[Array]]:
         out, others = [], [jtu.tree_leaves(fn()) for fn in more]
         for i, y in enumerate(ys):
             of_words = ft.partial(_of_words, leaf, y.carrier.dtype)
@@ -275,12 +275,12 @@ def _where_any(
             out.append(elementwise(of_words, halvings, *words[i], *rest))
         return out
 
-    if not isinstance(halvings, int):
-        # Of many steps few do halve, so that skipping is worth a conditional. One for
-        # all the lanes of a batch, for it to remain one.
-        words = lax.cond(unvmap_any(halvings > 0), moved, lambda: words)
+    if isinstance(halvings, int):
+        words = moved(words)
     else:
-        words = moved()
+        # Of many steps few do halve. One decision for all the lanes of a batch, for
+        # skipping to remain possible.
+        words = _if_due(unvmap_any(halvings > 0), moved, words)
     out = []
     for y, z, (y_high, y_low, z_high, z_low) in zip(ys, zs, words, strict=True):
         move = scaled(y.carrier - z.carrier, factor(y.carrier.dtype))
@@ -288,6 +288,22 @@ def _where_any(
         out.append((y1, _number(z_high, z_low, z.carrier - move)))
     pick = lambda i: treedef.unflatten([pair[i] for pair in out])
     return pick(0), pick(1)
+
+
+_FEW = 256
+"""Of so many numbers copying is not what a step costs."""
+
+
+def _if_due(
+    due: Bool[Array, ""], moved: Callable, words: list[list[Array]]
+) -> list[list[Array]]:
+    """`moved(words)`, or, where that is not due, `words`."""
+    if sum(high.size for high, *_ in words) > _FEW:
+        return lax.cond(due, moved, lambda words: words, words)
+    # A loop of one turn or none, which has one table of addresses where a conditional
+    # has three, and copies what it is given instead of what it returns.
+    once = lambda state: (jnp.array(False), moved(state[1]))
+    return lax.while_loop(lambda state: state[0], once, (due, words))[1]
 
 
 def _of_words(leaf, dtype, halvings, y_high, y_low, z_high, z_low, *rest):
