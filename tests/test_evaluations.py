@@ -112,7 +112,11 @@ def test_a_kick_that_two_steps_share_is_evaluated_once_and_pulled_back_once(arit
 
 
 @pytest.mark.parametrize(
-    ("states", "back", "at_the_end"), [(1, 2, 0), (256, 1, 4)], ids=["one", "256"]
+    ("states", "back", "at_the_end"),
+    [
+        pytest.param(1, 2, 0, id="one"),
+        pytest.param(256, 1, 4, id="256", marks=pytest.mark.heavy),
+    ],
 )
 def test_a_multistep_method_takes_one_evaluation_a_step_and_one_going_back(
     states, back, at_the_end

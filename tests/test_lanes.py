@@ -68,7 +68,7 @@ def test_they_may_save_at_times_of_their_own():
     assert relative_difference(ours, direct) <= 1e-11
 
 
-@pytest.mark.parametrize("halvings", [4, 0.5], ids=str)
+@pytest.mark.parametrize("halvings", [pytest.param(4, marks=HEAVY), 0.5], ids=str)
 def test_they_may_go_on_from_solves_of_their_own(halvings):
     """Of as many steps each, which Python does not know."""
     solver = rvx.Reversible(dfx.Heun(), rvx.Symmetric(halvings_per_step=halvings))
@@ -87,7 +87,8 @@ def test_they_may_go_on_from_solves_of_their_own(halvings):
 
 
 @pytest.mark.parametrize(
-    "steps", ["saves", "multistep", pytest.param("restarts", marks=HEAVY)]
+    "steps",
+    ["saves", *(pytest.param(x, marks=HEAVY) for x in ("multistep", "restarts"))],
 )
 def test_their_gradient_is_the_direct_one(steps):
     """By what all share, the time of their end among it, and by what each has."""

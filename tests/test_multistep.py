@@ -121,7 +121,7 @@ def test_a_solve_is_undone_to_the_bit():
 
 
 @pytest.mark.usefixtures("optimised")
-@pytest.mark.parametrize("num", [50, 80])
+@pytest.mark.parametrize("num", [50, pytest.param(80, marks=pytest.mark.heavy)])
 def test_derivatives_have_the_same_bits_whichever_move_found_them(num):
     """Those that a window begins with, and the same found again at its first steps: by
     a function of more than the field they were off by a bit, for some lengths of step,
@@ -136,6 +136,7 @@ def test_derivatives_have_the_same_bits_whichever_move_found_them(num):
     assert jnp.all(jnp.isfinite(jax.jit(jax.grad(loss))(Y0)))
 
 
+@pytest.mark.heavy
 def test_a_gradient_has_the_same_bits_if_nothing_is_worth_keeping(monkeypatch):
     """Evaluated again from the same numbers, residuals are the same."""
     kept = differentiated(method(6), 40, OURS, "ts")

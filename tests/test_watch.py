@@ -144,7 +144,9 @@ GROWING = {
 }
 
 
-@pytest.mark.parametrize("solver", [dfx.Tsit5, dfx.Heun, dfx.Euler])
+@pytest.mark.parametrize(
+    "solver", [dfx.Tsit5, pytest.param(dfx.Heun, marks=HEAVY), dfx.Euler]
+)
 @pytest.mark.parametrize("field", GROWING)
 @pytest.mark.parametrize("coupling", [rvx.Symmetric(), rvx.McCallumFoster()])
 def test_a_solution_that_blows_up_is_not_said_to_be_damped(field, solver, coupling):

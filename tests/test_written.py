@@ -66,7 +66,7 @@ DEAR = {
     "matrix": lambda t, y, a: jax.nn.gelu(a * (y.reshape(4, 2) @ M)).ravel() - y,
     "own-rule": lambda t, y, a: -a * squashed(y),
 }
-DAILY = "sine", "product", "matrix", "own-rule"
+DAILY = "sine", "matrix", "own-rule"
 M = jnp.array([[0.3, -0.4], [0.6, 0.2]])
 
 
