@@ -50,7 +50,7 @@ from jaxtyping import PyTree
 
 from .._numbers.arithmetic import AbstractArithmetic, State
 from .._numbers.schedule import AbstractSchedule, Count, Index, PerStep
-from .control import Control, Leg, Time
+from .control import Control, Leg, Time, whole_leg
 from .fields import Fields
 from .increment import AbstractIncrement
 from .moves import (
@@ -262,7 +262,7 @@ class SemiImplicitEuler(AbstractNative):
         return fields_of_two(terms, args)
 
     def moves(self, span: Span, control: Control, lost: Lost) -> Moves:
-        leg = Leg(span.start, span.end, np.float32(1), control)
+        leg = whole_leg(span.start, span.end, control)
         first = Add(leg, into=0, reads=1)  # (SE1)
         return first, Add(leg._replace(which=1), into=1, reads=0)  # (SE2)
 
@@ -290,7 +290,7 @@ class LeapfrogMidpoint(AbstractTwice):
         return span.before, span.end
 
     def moves(self, span: Span, control: Control, lost: Lost) -> Moves:
-        leg = Leg(span.start, span.end, np.float32(1), control)
+        leg = whole_leg(span.start, span.end, control)
         return Add(leg, into=0, reads=1), Swap()  # (LM)
 
 

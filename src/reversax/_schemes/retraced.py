@@ -38,7 +38,7 @@ from jaxtyping import Array, PyTree
 
 from .._numbers.arithmetic import AbstractArithmetic, State
 from .._xla.closure import closed
-from .control import Control, Leg, Time
+from .control import Control, Leg, Time, whole_leg
 from .fields import Fields
 from .increment import AbstractIncrement, Advance, Core
 from .moves import (
@@ -225,7 +225,7 @@ class Retraced(AbstractNative):
         return jtu.tree_map(lambda x: jnp.where(differ, jnp.inf, x), values)
 
     def moves(self, span: Span, control: Control, lost: Lost) -> Moves:
-        leg = Leg(span.start, span.end, np.float32(1), control)
+        leg = whole_leg(span.start, span.end, control)
         return (WholeStep(leg, span.before),)
 
     def step(
