@@ -206,6 +206,7 @@ def bytes_with(size, field, solver):
         pytest.param(
             DIFFUSION, Beginning, "encoded_again",
             lambda self, scheme, _: self.encoded(scheme), id="beginning",
+            marks=pytest.mark.heavy,
         ),
     ],
 )  # fmt: skip

@@ -251,7 +251,10 @@ COMPARED = [
 
 
 @pytest.mark.parametrize(("size", "dtype", "kernels"), COMPARED)
-@pytest.mark.parametrize("field", [largest, of_the_largest, of_own_rule])
+@pytest.mark.parametrize(
+    "field",
+    [largest, pytest.param(of_the_largest, marks=pytest.mark.heavy), of_own_rule],
+)
 @pytest.mark.usefixtures("optimised")
 def test_numbers_that_are_compared_with_those_kept_have_their_bits(
     field, size, dtype, kernels, monkeypatch
