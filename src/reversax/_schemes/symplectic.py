@@ -36,7 +36,7 @@ from jaxtyping import PyTree
 
 from .._numbers.arithmetic import AbstractArithmetic, State
 from .._xla.run_time import rounded_product
-from .control import Control, Leg, Time, is_of_time
+from .control import Control, Leg, Time, is_of_time, whole_leg
 from .moves import (
     Add,
     Codes,
@@ -117,8 +117,7 @@ class Separable(AbstractReusing):
         if not dense:
             return self.empty_dense_info(y0) | dict(y0=y0, y1=y1)
         core = lambda leg, y: context.fields.core(leg, y, extends=False).increment
-        one = np.float32(1)
-        legs = [Leg(t, span.end, one, control) for t in (span.start, span.end)]
+        legs = [whole_leg(t, span.end, control) for t in (span.start, span.end)]
         k0, k1 = [
             tuple(core(*at) for at in _at_end(leg, y))
             for leg, y in zip(legs, (y0, y1), strict=True)
