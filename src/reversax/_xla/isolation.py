@@ -129,13 +129,14 @@ def _computing(
     """What a branch is to compute, of a zero and the operands; with products rounded
     by themselves, if it `rounds`."""
     written = with_dear_written(program, 1 if in_kernel else _LARGE)
-    if written is not None:
+
+    def compute(zero, *xs):
+        fn, args = (program, xs) if written is None else (written, [zero, *xs])
         if rounds:
-            return lambda zero, *xs: with_rounded_products(written, zero, [zero, *xs])
-        return jax.extend.core.jaxpr_as_fun(written)
-    if rounds:
-        return lambda zero, *xs: with_rounded_products(program, zero, xs)
-    return lambda zero, *xs: jax.extend.core.jaxpr_as_fun(program)(*xs)
+            return with_rounded_products(fn, zero, args)
+        return jax.extend.core.jaxpr_as_fun(fn)(*args)
+
+    return compute
 
 
 def _residuals(program: Any, zero: Array, args: Sequence[Array]) -> list[Array]:
