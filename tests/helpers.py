@@ -5,6 +5,7 @@ from typing import ClassVar
 import diffrax as dfx
 import equinox as eqx
 import jax
+import jax.extend.core
 import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
@@ -206,3 +207,12 @@ def network_arguments(dtype=jnp.float64, size=3, width=4):
 
 def initial_states(batch=2, size=3, dtype=jnp.float64):
     return jax.random.normal(jax.random.key(1), (batch, size), dtype)
+
+
+def program_of(fn, *args):
+    """What `fn` does with such arguments, as a program."""
+    return jax.make_jaxpr(fn)(*args)
+
+
+def run(program, *args):
+    return jax.extend.core.jaxpr_as_fun(program)(*args)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import program_of, run
 from hypothesis import given, settings, strategies as st
 
 import reversax as rvx
@@ -17,14 +18,6 @@ from reversax._xla.isolation import evaluate_isolated
 from reversax._xla.residuals import halves_of
 
 X = jnp.linspace(0.1, 1, 5)
-
-
-def program_of(fn, *args):
-    return jax.make_jaxpr(fn)(*args)
-
-
-def run(program, *args):
-    return jax.extend.core.jaxpr_as_fun(program)(*args)
 
 
 def assert_halves_make_the_whole(program, halves, number, *args):

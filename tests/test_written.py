@@ -4,10 +4,10 @@ import re
 
 import diffrax as dfx
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import program_of, run
 
 import reversax as rvx
 from reversax._xla import isolation, written
@@ -115,14 +115,6 @@ def test_the_gradient_of_what_is_dear_is_that_of_direct_differentiation(
     # The round-off of some hundred operations.
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(direct), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-13, atol=1e-13)
-
-
-def program_of(fn, *args):
-    return jax.make_jaxpr(fn)(*args)
-
-
-def run(program, *args):
-    return jax.extend.core.jaxpr_as_fun(program)(*args)
 
 
 X = jnp.linspace(0.1, 1, 5)
